@@ -1,0 +1,149 @@
+"""ResNets for small images: ResNet-20/32/44/56 of He et al., "Deep Residual Learning for Image
+Recognition" (CVPR 2016, section 4.2). Importing this file makes them known to timm:
+
+    >>> import timm, torch, resnet
+    >>> backbone = timm.create_model("resnet32", num_classes=0)   # no head: features only
+    >>> backbone(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 64])
+
+They follow timm's conventions, so that the trainer treats them like every other timm model.
+"""
+import torch
+from timm.layers import SelectAdaptivePool2d
+from timm.models import register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions plus a shortcut: (batch, in, H, W) -> (batch, out, H/stride, W/stride).
+
+    The shortcut is a 1x1 convolution where the shape changes ("option B" of the paper).
+    `last_relu=False` leaves out the ReLU after the addition, so the output can be negative.
+    """
+
+    def __init__(self, in_channels, out_channels, stride=1, last_relu=True):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.last_relu = nn.ReLU(inplace=True) if last_relu else nn.Identity()
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels))
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.last_relu(out + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """A ResNet with 16, 32 and 64 channels for images from 8x8 upwards.
+
+    Args:
+        depth: 20, 32, 44, 56, ...: six convolutions per block level, plus stem and head.
+        num_classes: 0 gives features of shape (batch, 64); otherwise a linear head is added.
+        last_relu: False leaves out the very last ReLU (LUCIR and PODNet need signed features).
+
+    Raises:
+        ValueError: the depth is not 6n + 2, or an image is smaller than 8x8.
+    """
+
+    def __init__(self, depth, num_classes=1000, in_chans=3, global_pool="avg", drop_rate=0.0,
+                 last_relu=True):
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"a CIFAR ResNet has 6n + 2 layers, not {depth}")
+        blocks = (depth - 2) // 6
+        self.num_classes, self.drop_rate = num_classes, drop_rate
+        self.num_features = self.head_hidden_size = 64
+        self.feature_info = [dict(num_chs=16 * 2 ** i, reduction=2 ** i, module=f"layer{i + 1}")
+                             for i in range(3)]
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1, bias=False),
+                                  nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.layer1 = nn.Sequential(*[BasicBlock(16, 16) for _ in range(blocks)])
+        self.layer2 = nn.Sequential(BasicBlock(16, 32, stride=2),
+                                    *[BasicBlock(32, 32) for _ in range(blocks - 1)])
+        self.layer3 = nn.Sequential(BasicBlock(32, 64, stride=2),
+                                    *[BasicBlock(64, 64) for _ in range(blocks - 1)])
+        if not last_relu:
+            self.layer3[-1].last_relu = nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def get_classifier(self):
+        return self.fc
+
+    def reset_classifier(self, num_classes, global_pool="avg"):
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward_intermediates(self, x, indices=None, norm=False, stop_early=False,
+                              output_fmt="NCHW", intermediates_only=False):
+        """Feature maps of the stages, as in timm: (batch, 16, H, W), (batch, 32, H/2, W/2) and
+        (batch, 64, H/4, W/4). Returns (last map, list of maps), or the list alone."""
+        if output_fmt != "NCHW":
+            raise ValueError("a CIFAR ResNet has NCHW feature maps only")
+        wanted, last = feature_take_indices(3, indices)
+        x, maps = self.stem(x), []
+        for i, stage in enumerate((self.layer1, self.layer2, self.layer3)):
+            if stop_early and i > last:
+                break
+            x = stage(x)
+            if i in wanted:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def forward_features(self, x):
+        if min(x.shape[-2:]) < 8:
+            raise ValueError(f"a CIFAR ResNet needs images of 8x8 or more, not {tuple(x.shape)}")
+        return self.layer3(self.layer2(self.layer1(self.stem(x))))  # (batch, 64, H/4, W/4)
+
+    def forward_head(self, x, pre_logits=False):
+        x = self.global_pool(x)  # (batch, 64)
+        if self.drop_rate:
+            x = nn.functional.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def _create(depth, pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None,
+            cache_dir=None, **kwargs):
+    """The middle three arguments are timm's way to find weights; there are none to find."""
+    if pretrained:
+        raise RuntimeError(f"there are no pretrained weights for the CIFAR ResNet-{depth}")
+    return CifarResNet(depth, **kwargs)
+
+
+@register_model
+def resnet20(pretrained=False, **kwargs):
+    """ResNet-20 for small images, 0.27 M parameters."""
+    return _create(20, pretrained, **kwargs)
+
+
+@register_model
+def resnet32(pretrained=False, **kwargs):
+    """ResNet-32 for small images, 0.47 M parameters: the backbone of most CIFAR-100 tables."""
+    return _create(32, pretrained, **kwargs)
+
+
+@register_model
+def resnet44(pretrained=False, **kwargs):
+    """ResNet-44 for small images, 0.66 M parameters."""
+    return _create(44, pretrained, **kwargs)
+
+
+@register_model
+def resnet56(pretrained=False, **kwargs):
+    """ResNet-56 for small images, 0.86 M parameters."""
+    return _create(56, pretrained, **kwargs)

@@ -1,0 +1,195 @@
+"""Class-incremental learning (CIL) in one file: WA, "Maintaining Discrimination and Fairness in
+Class Incremental Learning" (Zhao et al., CVPR 2020, arXiv 1911.07053).
+
+    python template.py                                    # digits, one process, about a minute
+    torchrun --nproc_per_node=2 template.py               # the same on two processes or GPUs
+    torchrun --nproc_per_node=4 template.py --data_set cifar100 --data_path DIR --amp bf16
+"""
+# The idea. Classes arrive in tasks; after each task the model is tested on all classes so far,
+# but of the old classes only a few images (exemplars) may be kept. WA does three things:
+#   1. it replays exemplars, chosen by herding,              (update_memory, tutorial chapter 6)
+#   2. it distils the old model's answers into the new one,  (compute_loss, chapter 7)
+#   3. it aligns the classifier's weights after training.    (finish_task, chapter 8)
+# To try an idea of your own: copy this file and edit it, or subclass CilTrainer and override
+# one of its steps. Flags, data, processes, checkpoints and plots are in utils.py.
+import copy
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import utils
+
+
+class CilClassifier(nn.Module):
+    """One linear head per task: features (batch, embed_dim) -> logits (batch, classes so far)."""
+
+    def __init__(self, embed_dim):
+        super().__init__()
+        self.embed_dim = embed_dim
+        # Side by side the heads are one linear layer that grows. Row c of all their weights is
+        # the prototype w_c of class c, and its logit is <w_c, phi(x)> + b_c.
+        self.heads = nn.ModuleList()
+
+    def expand(self, nb_classes):
+        """Add a head for nb_classes new classes; the old logits stay as they are."""
+        self.heads.append(nn.Linear(self.embed_dim, nb_classes))
+
+    def forward(self, features):
+        return torch.cat([head(features) for head in self.heads], dim=1)
+
+
+class CilModel(nn.Module):
+    """A backbone phi (a timm name, or a module with `num_features`) and a `CilClassifier`."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        named = isinstance(backbone, str)
+        self.backbone = timm.create_model(backbone, num_classes=0) if named else backbone
+        self.fc = CilClassifier(self.backbone.num_features)
+
+    def forward(self, images):
+        features = self.backbone(images)  # (batch, embed_dim)
+        return self.fc(features), features  # logits: (batch, known + new)
+
+    def expand(self, nb_classes):
+        self.fc.expand(nb_classes)
+
+    def freeze(self):
+        """Stop all learning, that of BatchNorm's averages included. Returns the model."""
+        return self.requires_grad_(False).eval()
+
+    def copy(self):
+        return copy.deepcopy(self)
+
+    @torch.no_grad()
+    def align_weights(self, nb_new):
+        """Scale the newest nb_new prototypes by gamma = mean |w_old| / mean |w_new|: WA, eq. 8.
+
+        Returns gamma as a float.
+        """
+        norms = torch.cat([head.weight for head in self.fc.heads]).norm(dim=1)  # (known + new,)
+        gamma = norms[:-nb_new].mean() / norms[-nb_new:].mean()
+        self.fc.heads[-1].weight *= gamma
+        return float(gamma)
+
+
+def knowledge_distillation(logits, teacher_logits, temperature):
+    """KL divergence of the softened student from the softened teacher, mean over the batch.
+
+    Both (batch, known). Same gradient as the cross-entropy of WA, eq. 2, and 0 at equality.
+    """
+    return F.kl_div(F.log_softmax(logits / temperature, dim=1),
+                    F.softmax(teacher_logits / temperature, dim=1), reduction="batchmean")
+
+
+class CilTrainer:
+    """WA. Every method below is one step that another idea may override."""
+
+    model_class = CilModel
+
+    def __init__(self, args):
+        self.args = args
+        self.model = self.model_class(utils.create_backbone(args))
+        # The frozen model of the task before; an ImageSet per known class with the most important
+        # image first; the number of classes of all tasks before this one.
+        self.teacher, self.exemplars, self.known_classes = None, [], 0
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+
+    def expand_model(self, nb_new, new_data):
+        """Make room for nb_new classes. new_data: their images, for a clever start (unused)."""
+        self.model.expand(nb_new)
+        self.model.to(self.args.device)
+
+    def train_task(self, train_set):
+        """Learn a task from its images and the exemplars of all tasks before."""
+        self.fit(train_set, self.model.parameters(), self.args.num_epochs, self.args.lr)
+
+    def fit(self, train_set, parameters, num_epochs, lr):
+        """SGD with a cosine schedule on these parameters; a task may do it more than once."""
+        loader = utils.train_loader(train_set, self.args)
+        optimizer = torch.optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
+        # Every rank holds the whole model. DDP averages the gradients during backward, so all
+        # ranks take the same step; `self.model` is the same network without that wrapper.
+        self.parallel_model = utils.distribute(self.model, self.args)
+        # All that is random in an epoch follows from (seed, task, stage, epoch, rank). So a run
+        # that was killed goes on here, at the epoch after its checkpoint, as if nothing had been.
+        for self.epoch in self.run.epochs(self, loader, optimizer, scheduler, num_epochs):
+            averages = self.train_epoch(loader, optimizer)
+            scheduler.step()
+            # BatchNorm's running averages are made equal on all ranks, rank 0 saves a checkpoint.
+            self.run.end_epoch(self, averages, optimizer, scheduler)
+
+    def train_epoch(self, loader, optimizer):
+        """One pass over the data: each step, every rank takes its share of the global batch."""
+        self.model.train()
+        meter = utils.Meter(loader, self.args, f"task {self.task + 1} epoch {self.epoch + 1}")
+        for images, targets in meter:  # (batch / ranks, 3, H, W), (batch / ranks,)
+            with utils.autocast(self.args):
+                loss, logits = self.compute_loss(images, targets)
+            optimizer.zero_grad()
+            # The scaler only acts under --amp fp16, whose small gradients would round to zero.
+            self.scaler.scale(loss).backward()
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            meter.update(loss, logits, targets)
+        return meter.averages()
+
+    def compute_loss(self, images, targets):
+        """(1 - lambda) CE + lambda KD: WA, eq. 4. Returns the loss and the logits."""
+        logits, _ = self.parallel_model(images)  # (batch, known + new)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.args.smooth)
+        # The more classes are known already, the more the old answers count.
+        dynamic = self.known_classes / logits.shape[1]
+        weight = dynamic if self.args.lambda_kd == "dynamic" else self.args.lambda_kd
+        if self.teacher is not None and weight > 0:
+            soft, _ = self.teacher(images)  # (batch, known); frozen, so no graph is kept
+            # No factor T^2: WA has none, and on digits it held the new classes down (chapter 7).
+            kd = knowledge_distillation(logits[:, :self.known_classes], soft, self.args.temperature)
+            loss = (1 - weight) * loss + weight * kd
+        return loss, logits
+
+    def update_memory(self, new_data):
+        """Share the memory equally among the classes: cut the old, choose from the new."""
+        seen = self.known_classes + self.nb_new
+        m = self.args.memory_size // (sum(self.run.increments) if self.args.fixed_memory else seen)
+        # The old exemplars are ranked, so the first m are the best m.
+        self.exemplars = [images.select(slice(m)) for images in self.exemplars[:self.known_classes]]
+        # Each rank computes the features of a share of the clean images and gets those of all.
+        # With augmented images every rank would choose exemplars of its own (chapter 4).
+        self.exemplars += utils.select_exemplars(self.model, new_data, m, self.args)
+
+    def finish_task(self):
+        """Weight alignment: give the new prototypes the mean norm of the old ones."""
+        if self.known_classes and not self.args.no_align:
+            self.run.results["gammas"].append(self.model.align_weights(self.nb_new))
+
+    def predict(self, images):
+        """Scores of all classes so far, (batch, known + new); the largest is the answer."""
+        return self.model(images)[0]
+
+
+def main(args, Trainer=CilTrainer):
+    """Learn the tasks one after the other: every rank runs this loop on its share of the data."""
+    utils.setup(args)
+    train_scenario, test_scenario = utils.build_scenarios(args)  # continuum: one item per task
+    trainer = Trainer(args)
+    run = trainer.run = utils.Run(trainer, train_scenario, test_scenario)
+    for trainer.task, trainer.nb_new in run.tasks(trainer):
+        new_data = utils.ImageSet(train_scenario[trainer.task], args)
+        trainer.expand_model(trainer.nb_new, new_data)
+        if run.reached(trainer):  # False for the tasks that were over before a --resume
+            trainer.train_task(new_data.join(trainer.exemplars))
+            # The memory first: methods that classify by class means compute them from exemplars.
+            trainer.update_memory(new_data)
+            trainer.finish_task()
+            run.end_task(trainer, utils.evaluate(trainer))
+        trainer.teacher = trainer.model.copy().freeze()
+        trainer.known_classes += trainer.nb_new
+    run.finish(trainer)
+
+
+if __name__ == "__main__":
+    main(utils.get_parser().parse_args())

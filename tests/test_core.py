@@ -1,0 +1,442 @@
+"""The model, the loss, the memory, the metrics and the data against independent references."""
+import ast
+import io
+import json
+import math
+import re
+import shlex
+import tokenize
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from sklearn.metrics import confusion_matrix, top_k_accuracy_score
+from torch.nn import functional as F
+
+import resnet
+import template
+import utils
+
+
+def make_args(*flags):
+    args = utils.get_parser().parse_args(list(flags))
+    utils.setup(args)
+    return args
+
+
+def make_trainer(*flags, increments=(4, 2, 2, 2)):
+    trainer = template.CilTrainer(make_args(*flags))
+    trainer.run = SimpleNamespace(increments=list(increments), results={"gammas": []})
+    return trainer
+
+
+# ---- model ---------------------------------------------------------------------------------
+
+def make_model(*sizes, seed=0):
+    torch.manual_seed(seed)
+    model = template.CilModel("resnet20")
+    for size in sizes:
+        model.expand(size)
+    return model.eval()
+
+
+def test_old_logits_do_not_change_when_the_model_expands():
+    model, images = make_model(4, 2), torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        before, features = model(images)
+        model.expand(3)
+        after, same_features = model(images)
+    assert before.shape == (5, 6) and after.shape == (5, 9) and features.shape == (5, 64)
+    assert torch.equal(after[:, :6], before) and torch.equal(features, same_features)
+
+
+def test_copy_and_freeze():
+    model = make_model(4)
+    copy = model.copy().freeze()
+    model.fc.heads[0].weight.data += 1
+    assert not torch.equal(copy.fc.heads[0].weight, model.fc.heads[0].weight)
+    assert not copy.training and not any(p.requires_grad for p in copy.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_alignment_makes_the_mean_norms_equal():
+    model = make_model(4, 3, 2)
+    model.fc.heads[-1].weight.data *= 5
+    before = [head.weight.detach().clone().numpy() for head in model.fc.heads]
+    bias = model.fc.heads[-1].bias.clone()
+    gamma = model.align_weights(2)
+    old = np.linalg.norm(np.concatenate(before[:2]), axis=1)
+    new = np.linalg.norm(before[2], axis=1)
+    assert gamma == pytest.approx(old.mean() / new.mean(), rel=1e-6)
+    assert gamma < 1
+    np.testing.assert_allclose(model.fc.heads[2].weight.detach(), gamma * before[2], rtol=1e-6)
+    for head, weight in zip(model.fc.heads[:2], before):
+        assert np.array_equal(head.weight.detach(), weight)
+    assert torch.equal(model.fc.heads[-1].bias, bias)
+    assert model.fc.heads[2].weight.norm(dim=1).mean().item() == pytest.approx(old.mean(), rel=1e-6)
+    assert model.align_weights(2) == pytest.approx(1, abs=1e-6)  # a second time changes nothing
+
+
+@pytest.mark.parametrize("name, size, features", [
+    ("resnet20", 8, 64), ("resnet32", 32, 64), ("resnet18", 32, 512), ("test_vit", 32, 64),
+    ("mobilenetv3_small_050", 32, 1024)])
+def test_any_timm_backbone_learns(name, size, features):
+    trainer = make_trainer(f"--backbone={name}", f"--input_size={size}")
+    assert trainer.model.fc.embed_dim == features
+    trainer.model.expand(3)
+    logits, phi = trainer.model.train()(torch.randn(4, 3, size, size))
+    assert logits.shape == (4, 3) and phi.shape == (4, features)
+    F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+    assert all(p.grad is not None for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("depth, million", [(20, 0.27), (32, 0.47), (44, 0.66), (56, 0.86)])
+def test_cifar_resnets(depth, million):
+    model = timm.create_model(f"resnet{depth}", num_classes=0)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(million, abs=0.005)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)
+                    and m.kernel_size == (3, 3)]
+    assert len(convolutions) == depth - 1  # and the classifier
+    assert timm.create_model(f"resnet{depth}", num_classes=7)(torch.zeros(1, 3, 8, 8)).shape == (1, 7)
+
+
+def test_cifar_resnet_feature_maps_and_last_relu():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet32", num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    last, maps = model.forward_intermediates(images)
+    assert [tuple(m.shape[1:]) for m in maps] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert torch.equal(last, maps[-1]) and torch.equal(last, model.forward_features(images))
+    assert torch.equal(model(images), last.mean(dim=(2, 3)))
+    first, = model.forward_intermediates(images, indices=[0], intermediates_only=True)
+    assert torch.equal(first, maps[0])
+    signed = timm.create_model("resnet32", num_classes=0, last_relu=False).eval()
+    signed.load_state_dict(model.state_dict())
+    assert (last >= 0).all() and (signed.forward_features(images) < 0).any()
+    assert torch.equal(signed.forward_features(images).relu(), last)
+    assert sum(p.numel() for p in model.parameters()) == 466_256
+    with pytest.raises(ValueError, match="8x8"):
+        model(torch.zeros(1, 3, 7, 7))
+    with pytest.raises(ValueError, match="6n"):
+        resnet.CifarResNet(30)
+    with pytest.raises(RuntimeError, match="no pretrained"):
+        timm.create_model("resnet32", pretrained=True)
+
+
+# ---- loss ----------------------------------------------------------------------------------
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def test_distillation_against_its_formula():
+    draw = np.random.RandomState(0)
+    student, teacher = draw.randn(6, 5), draw.randn(6, 5)
+    for T in (1.0, 2.0, 4.0):
+        p, q = softmax(teacher / T), softmax(student / T)
+        expected = (p * np.log(p / q)).sum(axis=1).mean()
+        kd = template.knowledge_distillation(torch.tensor(student), torch.tensor(teacher), T)
+        assert kd.item() == pytest.approx(expected, rel=1e-10)
+    same = template.knowledge_distillation(torch.tensor(teacher), torch.tensor(teacher), 2.0)
+    assert same.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_distillation_has_the_gradient_of_the_cross_entropy_form():
+    student = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 5, dtype=torch.float64)
+    kd, = torch.autograd.grad(template.knowledge_distillation(student, teacher, 2.0), student)
+    ce = -(F.softmax(teacher / 2, 1) * F.log_softmax(student / 2, 1)).sum(1).mean()
+    assert torch.allclose(kd, torch.autograd.grad(ce, student)[0])
+
+
+@pytest.mark.parametrize("flag, weight", [("dynamic", 4 / 6), ("0.3", 0.3), ("0", 0.0)])
+def test_loss_is_the_weighted_sum(flag, weight):
+    trainer = make_trainer("--lambda_kd", flag)
+    trainer.model.expand(4)
+    trainer.teacher, trainer.known_classes = trainer.model.copy().freeze(), 4
+    trainer.model.expand(2)
+    trainer.model.eval()
+    for parameter in trainer.model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    trainer.parallel_model = trainer.model
+    images, targets = torch.randn(5, 3, 8, 8), torch.tensor([0, 5, 4, 3, 1])
+    loss, logits = trainer.compute_loss(images, targets)
+    z, old = logits.detach().double().numpy(), trainer.teacher(images)[0].double().numpy()
+    ce = -np.log(softmax(z)[range(5), targets]).mean()
+    p, q = softmax(old / 2), softmax(z[:, :4] / 2)
+    kd = (p * np.log(p / q)).sum(axis=1).mean()
+    assert loss.item() == pytest.approx((1 - weight) * ce + weight * kd, rel=1e-5)
+
+
+# ---- memory --------------------------------------------------------------------------------
+
+def brute_force_herding(features, m):
+    """Algorithm 4 of iCaRL word by word: try every image, keep the one that fits best."""
+    x = features / np.linalg.norm(features, axis=1, keepdims=True)
+    mean, chosen = x.mean(axis=0), []
+    for k in range(1, min(m, len(x)) + 1):
+        best, best_distance = None, math.inf
+        for i in range(len(x)):
+            if i not in chosen:
+                picked = sum((x[j] for j in chosen), np.zeros(x.shape[1])) + x[i]
+                distance = np.linalg.norm(mean - picked / k)
+                if distance < best_distance:
+                    best, best_distance = i, distance
+        chosen.append(best)
+    return chosen
+
+
+@pytest.mark.parametrize("seed, n, m", [(0, 40, 40), (1, 100, 20), (2, 7, 12), (3, 1, 1)])
+def test_herding_against_brute_force(seed, n, m):
+    features = np.random.RandomState(seed).randn(n, 8)
+    order = utils.herding(torch.tensor(features), m).tolist()
+    assert order == brute_force_herding(features, m)
+    assert len(set(order)) == min(m, n)
+    assert utils.herding(torch.tensor(features), m // 2).tolist() == order[:m // 2]  # a prefix
+
+
+@pytest.mark.parametrize("method", ["barycenter", "cluster", "random"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_memory_never_exceeds_its_size(method, fixed):
+    trainer = make_trainer("--memory_size=33", f"--herding_method={method}", *["--fixed_memory"] * fixed)
+    scenario, _ = utils.build_scenarios(trainer.args)
+    assert scenario.increments == [4, 2, 2, 2]
+    before = []
+    for trainer.nb_new, taskset in zip([4, 2, 2, 2], scenario):
+        new_data = utils.ImageSet(taskset, trainer.args)
+        trainer.expand_model(trainer.nb_new, new_data)
+        trainer.update_memory(new_data)
+        seen = trainer.known_classes + trainer.nb_new
+        quota = 33 // 10 if fixed else 33 // seen
+        assert [len(images) for images in trainer.exemplars] == [quota] * seen
+        assert sum(map(len, trainer.exemplars)) <= 33
+        for label, images in enumerate(trainer.exemplars):
+            assert (images.y == label).all()
+            assert len({image.tobytes() for image in images.x}) >= quota - 1  # no image twice
+        for old, now in zip(before, trainer.exemplars):  # the most important ones stay, in order
+            assert np.array_equal(old.x[:quota], now.x)
+        before, trainer.known_classes = list(trainer.exemplars), seen
+    exemplars = before  # herding again changes nothing: a resumed run may do it twice
+    trainer.known_classes = 8
+    if method != "random":
+        trainer.update_memory(new_data)
+        assert all(np.array_equal(a.x, b.x) for a, b in zip(exemplars, trainer.exemplars))
+
+
+def test_no_memory():
+    trainer = make_trainer("--memory_size=0")
+    trainer.nb_new = 4
+    trainer.expand_model(4, None)
+    trainer.update_memory(utils.ImageSet(utils.build_scenarios(trainer.args)[0][0], trainer.args))
+    assert trainer.exemplars == []
+
+
+# ---- metrics -------------------------------------------------------------------------------
+
+def test_forgetting_of_hand_computed_matrices():
+    assert utils.forgetting([[90.0]]) == 0
+    assert utils.forgetting([[90.0], [60.0, 80.0]]) == pytest.approx(30)
+    # task 1 fell from 90 to 50, task 2 from 80 to 60
+    assert utils.forgetting([[90.0], [60.0, 80.0], [50.0, 60.0, 90.0]]) == pytest.approx(30)
+    # the best is not the first, and a rise counts as negative forgetting
+    assert utils.forgetting([[40.0], [70.0, 50.0], [60.0, 55.0, 9.0]]) == pytest.approx((10 - 5) / 2)
+
+
+def test_evaluation_against_scikit_learn():
+    increments, draw = [4, 2, 2, 2], np.random.RandomState(0)
+    trainer = make_trainer(increments=increments)
+    _, trainer.run.test_scenario = utils.build_scenarios(trainer.args)
+    trainer.task = 2
+    test_set = utils.ImageSet(trainer.run.test_scenario[:3], trainer.args)
+    scores = draw.randn(len(test_set), 8) + 1.5 * np.eye(8)[test_set.y]
+    served = iter(torch.tensor(scores).split(256))
+    trainer.predict = lambda images: next(served)
+    result = utils.evaluate(trainer)
+    prediction = scores.argmax(axis=1)
+    assert result["confusion"] == confusion_matrix(test_set.y, prediction).tolist()
+    assert result["acc1"] == pytest.approx(100 * (prediction == test_set.y).mean())
+    assert result["acc5"] == pytest.approx(100 * top_k_accuracy_score(test_set.y, scores, k=5))
+    borders = [0, 4, 6, 8]
+    for u, (low, high) in enumerate(zip(borders, borders[1:])):
+        mine = (test_set.y >= low) & (test_set.y < high)
+        assert result["accuracy"][u] == pytest.approx(
+            100 * (prediction[mine] == test_set.y[mine]).mean())
+        aware = scores[mine][:, low:high].argmax(axis=1) + low
+        assert result["task_aware"][u] == pytest.approx(100 * (aware == test_set.y[mine]).mean())
+
+
+# ---- data ----------------------------------------------------------------------------------
+
+def test_digits_are_split_once_and_for_all():
+    (train_x, train_y), (test_x, test_y) = utils.load_digits()
+    assert len(train_y) + len(test_y) == 1797 and train_x.shape[1:] == (8, 8, 3)
+    assert (np.bincount(test_y) >= 43).all()
+    mean, std = train_x.mean() / 255, train_x.std() / 255
+    assert utils.STATISTICS["digits"][0][0] == pytest.approx(mean, abs=0.002)
+    assert utils.STATISTICS["digits"][1][0] == pytest.approx(std, abs=0.002)
+
+
+@pytest.mark.parametrize("bases, increment, expected", [
+    (4, 2, [4, 2, 2, 2]), (0, 5, [5, 5]), (0, 3, [3, 3, 3, 1]), (7, 2, [7, 2, 1]), (10, 1, [10])])
+def test_increments(bases, increment, expected):
+    args = make_args(f"--num_bases={bases}", f"--increment={increment}")
+    train, test = utils.build_scenarios(args)
+    assert train.increments == test.increments == expected
+    for t, size in enumerate(expected):
+        low = sum(expected[:t])
+        for scenario in (train, test):
+            assert sorted(set(utils.ImageSet(scenario[t], args).y)) == list(range(low, low + size))
+
+
+def test_class_order(tmp_path):
+    args = make_args()
+    assert utils.get_class_order(args, 100)[:10] == [68, 56, 78, 8, 23, 84, 90, 65, 74, 76]
+    args.class_order = "seed"
+    orders = []
+    for args.seed in (0, 1, 0):
+        orders.append(utils.get_class_order(args, 100))
+    assert orders[0] == orders[2] != orders[1]
+    file = tmp_path / "order.json"
+    file.write_text(json.dumps([3, 1, 2, 0, 9, 8, 7, 6, 5, 4]))
+    args.class_order = str(file)
+    train, _ = utils.build_scenarios(args)
+    (images, labels), _ = utils.load_digits()
+    taskset = utils.ImageSet(train[0], args)  # labels are positions in the order
+    assert np.array_equal(taskset.x[taskset.y == 0], images[labels == 3])
+    assert train.class_names == list("3120987654")
+
+
+def test_augmentation_depends_on_the_seed_alone():
+    args = make_args("--data_set=cifar100", "--reprob=0.5")
+    draw = np.random.RandomState(0)
+    images = utils.ImageSet((draw.randint(0, 256, (40, 32, 32, 3)).astype(np.uint8),
+                             np.arange(40)), args)
+    batches = {}
+    for args.num_workers in (0, 2):
+        args.batch_size = 8
+        loader = utils.train_loader(images, args)
+        loader.sampler.set_epoch(5)
+        torch.manual_seed(args.num_workers)
+        batches[args.num_workers] = list(loader)
+    for (x, y), (x2, y2) in zip(batches[0], batches[2]):
+        assert torch.equal(x, x2) and torch.equal(y, y2)
+    assert torch.equal(images[3, 7][0], images[3, 7][0])
+    assert not torch.equal(images[3, 7][0], images[3, 8][0])
+    assert torch.equal(images[3][0], images[3][0])  # no seed: no augmentation
+
+
+@pytest.mark.parametrize("size", [96, 101])
+def test_global_batches_do_not_depend_on_the_number_of_processes(size):
+    args = make_args("--batch_size=12")
+    images = utils.ImageSet((np.zeros((size, 8, 8, 3), np.uint8), np.zeros(size, int)), args)
+    batches = {}
+    for world in (1, 2, 3, 4):
+        args.world_size, shares = world, []
+        for args.rank in range(world):
+            loader = utils.train_loader(images, args)
+            loader.sampler.set_epoch(11)
+            keys, share = list(loader.sampler), 12 // world
+            shares.append([keys[i * share:(i + 1) * share] for i in range(len(loader))])
+        batches[world] = [sorted(sum(parts, [])) for parts in zip(*shares)]
+    assert len(batches[1]) == size // 12
+    assert batches[1] == batches[2] == batches[3] == batches[4]
+
+
+def test_transforms_of_small_images():
+    white = np.full((32, 32, 3), 255, np.uint8)
+    args = make_args("--data_set=cifar100", "--aa=none")
+    image, _ = utils.ImageSet((white[None], np.array([0])), args)[0]
+    mean, std, _ = utils.STATISTICS["cifar100"]
+    for channel in range(3):
+        assert image[channel].unique().item() == pytest.approx((1 - mean[channel]) / std[channel], 1e-5)
+    names = [type(t).__name__ for t in utils.build_transform(args, train=True).transforms]
+    assert names[:3] == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
+    assert utils.build_transform(args, train=True).transforms[1].padding == 4
+    digits = [type(t).__name__ for t in utils.build_transform(make_args(), train=True).transforms]
+    assert "RandomHorizontalFlip" not in digits and "RandomCrop" in digits
+    erased = make_args("--data_set=cifar100", "--reprob=0.25")
+    names = [type(t).__name__ for t in utils.build_transform(erased, train=True).transforms]
+    assert names.count("Normalize") == 1 and names[-1] == "RandomErasing"
+
+
+def test_the_default_augmentation_fails_on_no_image():
+    args = make_args("--data_set=cifar100")
+    draw = np.random.RandomState(0)
+    images = utils.ImageSet((draw.randint(0, 256, (100, 32, 32, 3)).astype(np.uint8),
+                             np.zeros(100, int)), args)
+    for seed in range(4000):
+        images[seed % 100, seed]
+
+
+def test_training_makes_steps_of_sgd_under_mixed_precision():
+    for amp in ("bf16", "none"):
+        trainer = make_trainer(f"--amp={amp}")
+        trainer.model.expand(4)
+        with utils.autocast(trainer.args):
+            logits, _ = trainer.model(torch.randn(8, 3, 8, 8))
+        assert logits.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+# ---- size and shape of the code ------------------------------------------------------------
+
+def lines_of_code(path):
+    """(lines of code, comment lines, docstring lines): no blank line counts."""
+    source = path.read_text()
+    documentation, code, comments = set(), set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            documentation |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments.add(token.start[0])
+        elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+                                tokenize.ENDMARKER):
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code - documentation), len(comments), len(documentation)
+
+
+def test_size_and_comments_of_the_template():
+    code, comments, documentation = lines_of_code(ROOT / "template.py")
+    assert code <= 110
+    assert 0.5 <= comments / code and (comments + documentation) / code <= 0.8
+    assert max(map(len, (ROOT / "template.py").read_text().splitlines())) <= 100
+
+
+def test_the_template_is_complete_and_names_no_other_method():
+    source = (ROOT / "template.py").read_text()
+    tree = ast.parse(source)
+    modules = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+               for alias in node.names}
+    modules |= {node.module.split(".")[0] for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom)}
+    assert modules <= {"copy", "torch", "timm", "continuum", "utils", "resnet"}
+    for name in ("iCaRL", "LUCIR", "PODNet", "AANet", "iTAML", "ALTA", "BAL_"):
+        assert name.lower() not in source.lower()
+    trainer = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "CilTrainer")
+    steps = [n for n in trainer.body if isinstance(n, ast.FunctionDef)]
+    assert {n.name for n in steps} == {
+        "__init__", "expand_model", "train_task", "fit", "train_epoch", "compute_loss",
+        "update_memory", "finish_task", "predict"}
+    for step in steps:  # a step does real work and says what
+        assert ast.get_docstring(step) or step.name == "__init__"
+        assert len(step.body) > 1 and not isinstance(step.body[-1], ast.Pass)
+
+
+def test_the_flags_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+                for line in block.replace("\\\n", " ").splitlines() if "template.py" in line]
+    assert len(commands) >= 6
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        utils.get_parser().parse_args(words[words.index("template.py") + 1:])
+    known = {flag for action in utils.get_parser()._actions for flag in action.option_strings}
+    launcher = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
+                "--master_addr", "--master_port", "--max-restarts", "--rdzv_id", "--nodes",
+                "--ntasks-per-node", "--gpus-per-node"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known | launcher

@@ -1,0 +1,145 @@
+"""Runs that are stopped, killed or repeated must end as if nothing had happened, to the bit."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SHORT, read_results
+
+
+def same_model(one, other):
+    a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (one, other))
+    for state in (a, b):
+        weights = state.pop("state_dict")
+        state["weights"] = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+    return a == b
+
+
+def log_lines(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds"), line.pop("images_per_second")
+    return lines
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One run without interruption: (folder, results)."""
+    from conftest import Launch, run_template
+    folder = tmp_path_factory.mktemp("reference")
+    started = Launch(folder, run_template, ([*SHORT, "--output_dir=run"],), 1, {})
+    assert started.wait() == [0], started.stderr()
+    return folder / "run", read_results(folder / "run")
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(finish, tmp_path, reference):
+    assert finish(*SHORT, "--output_dir=again") == reference[1]
+    assert same_model(tmp_path / "again", reference[0])
+    assert log_lines(tmp_path / "again") == log_lines(reference[0])
+    other = finish(*SHORT, "--output_dir=other", "--seed=1")
+    assert other["acc5s"] + other["gammas"] != reference[1]["acc5s"] + reference[1]["gammas"]
+
+
+def test_killed_at_any_moment(launch, finish, tmp_path, reference):
+    """Ten SIGKILLs at seeded random moments: during start, training, herding, saving."""
+    draw = random.Random(0)
+    alive_when_killed, seen = 0, set()
+    for _ in range(10):
+        started = launch(*SHORT, "--output_dir=run", "--resume")
+        time.sleep(draw.uniform(0.1, 1.6))
+        alive_when_killed += started.processes[0].is_alive()
+        started.kill()
+        if (tmp_path / "run/checkpoint.pt").exists():
+            saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+            seen.add((saved["task"], saved["epoch"]))
+    assert alive_when_killed >= 5
+    results = finish(*SHORT, "--output_dir=run", "--resume")
+    assert seen and results == reference[1]
+    assert same_model(tmp_path / "run", reference[0])
+    assert log_lines(tmp_path / "run") == log_lines(reference[0])
+
+
+@pytest.mark.parametrize("moment", ["epoch 1", "epoch 3", "epoch 6", "task 2"])
+def test_killed_at_a_chosen_moment(launch, finish, tmp_path, reference, moment):
+    """Right after a checkpoint in each task, and between herding and the next checkpoint."""
+    what, number = moment.split()
+    started = launch(*SHORT, "--output_dir=run")
+    file, number = ("log.jsonl", int(number)) if what == "epoch" else ("results.json", int(number))
+
+    def reached():
+        path = tmp_path / "run" / file
+        text = path.read_text() if path.exists() else ""
+        return (text.count("\n") >= number if what == "epoch"
+                else text and len(json.loads(text)["acc1s"]) >= number)
+
+    for _ in range(6000):
+        if reached() or not started.processes[0].is_alive():
+            break
+        time.sleep(0.005)
+    started.kill()
+    assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
+    assert same_model(tmp_path / "run", reference[0])
+
+
+def test_stop_after_task_and_resume(finish, tmp_path, reference):
+    part = finish(*SHORT, "--output_dir=run", "--stop_after_task=2")
+    assert not part["finished"] and len(part["acc1s"]) == 2
+    assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
+    # a finished run can be resumed too: it only computes its last task's results again
+    assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
+    assert same_model(tmp_path / "run", reference[0])
+
+
+def test_resume_on_another_number_of_processes(finish, tmp_path, reference):
+    finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
+    first = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    results = finish(*SHORT, "--output_dir=run", "--resume", processes=2)
+    assert results["finished"] and results["acc1s"][0] == reference[1]["acc1s"][0]
+    assert (tmp_path / "run/log.jsonl").read_text().splitlines()[:2] == first
+    assert len(log_lines(tmp_path / "run")) == 6
+
+
+def test_resume_of_folder_data(finish, image_folder, tmp_path):
+    """Exemplars of folder data are paths, also in the checkpoint."""
+    flags = ["--data_set=image_folder", f"--data_path={image_folder()}", "--backbone=resnet20",
+             "--input_size=16", "--num_bases=2", "--increment=1", "--batch_size=4", "--num_epochs=2",
+             "--memory_size=9", "--aa=none", "--no_plots", "--num_workers=0"]
+    whole = finish(*flags, "--output_dir=whole")
+    finish(*flags, "--output_dir=run", "--stop_after_task=2")
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert all(isinstance(path, str) for paths, _ in saved["exemplars"] for path in paths)
+    assert finish(*flags, "--output_dir=run", "--resume") == whole
+
+
+def test_resume_without_output_dir_finds_the_newest_run(finish, tmp_path, reference):
+    finish(*SHORT, "--stop_after_task=1")
+    finish(*SHORT, "--resume")
+    run, = (tmp_path / "runs").iterdir()
+    assert read_results(run) == reference[1]
+
+
+def test_killed_worker_under_torchrun_max_restarts(finish, tmp_path):
+    """torchrun starts the same command again; it goes on from the checkpoint by itself."""
+    expected = finish(*SHORT, "--output_dir=expected", processes=2)
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2",
+         "--standalone", str(ROOT / "template.py"), *SHORT, "--output_dir=run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "run/log.jsonl"
+    for _ in range(1200):
+        if log.exists() and log.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.05)
+    workers = [int(pid) for pid in subprocess.run(
+        ["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    output, _ = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, output
+    assert read_results(tmp_path / "run") == expected
+    assert same_model(tmp_path / "run", tmp_path / "expected")

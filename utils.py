@@ -1,0 +1,891 @@
+"""Everything around template.py, in the order in which a run uses it:
+
+1. command line and presets     2. processes, devices, seeds     3. data and transforms
+4. training helpers             5. evaluation                    6. what a run leaves on disk
+
+Nothing in here knows a method: the model, the loss and the loop are in template.py.
+"""
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import filelock
+import numpy as np
+import timm
+import timm.data
+import timm.layers
+import timm.utils
+import torch
+import torch.distributed as dist
+from continuum import ClassIncremental, datasets as continuum_datasets
+from continuum.tasks import TaskType
+from PIL import Image
+from timm.utils.distributed import world_info_from_env
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+import resnet  # noqa: F401  (importing it makes resnet20 ... resnet56 known to timm)
+
+# ---------------------------------------------------------------------------------------------
+# 1. Command line and presets
+# ---------------------------------------------------------------------------------------------
+
+# Defaults by data set. A flag on the command line wins over the preset, the preset over COMMON.
+COMMON = dict(num_bases=0, increment=10, backbone="resnet32", input_size=32, batch_size=128,
+              num_epochs=170, lr=0.1, weight_decay=5e-4, memory_size=2000, lambda_kd="dynamic",
+              aa="rand-m9-mstd0.5-inc1-mmax9")
+IMAGENET = dict(backbone="resnet18", input_size=224, num_epochs=90, weight_decay=1e-4)
+PRESETS = {
+    # 1,797 scans of 8x8 pixels that scikit-learn carries. With so few steps per task the dynamic
+    # lambda (0.67 to 0.8) would starve the new classes.
+    "digits": dict(num_bases=4, increment=2, backbone="resnet20", input_size=8, batch_size=32,
+                   num_epochs=40, memory_size=30, lambda_kd=0.3, aa="none"),
+    "cifar100": dict(num_bases=50),  # the recipe of the paper and of most tables
+    "cifar10": dict(increment=2),
+    "mnist": dict(increment=2, input_size=28, num_epochs=30, aa="none"),
+    "fashion_mnist": dict(increment=2, input_size=28, num_epochs=50, aa="none"),
+    "svhn": dict(increment=2, num_epochs=50, aa="none"),
+    "tiny_imagenet": dict(num_bases=100, increment=20, input_size=64),
+    "cub200": dict(IMAGENET, num_bases=100, increment=20),
+    "imagenet100": dict(IMAGENET, num_bases=50),
+    "imagenet1000": dict(IMAGENET, num_bases=500, increment=100, memory_size=20000),
+    "image_folder": dict(IMAGENET),
+}
+# Mean and standard deviation of the training pixels, and whether a mirror image keeps its class.
+STATISTICS = {
+    "digits": ((0.3053,) * 3, (0.3764,) * 3, False),
+    "mnist": ((0.1307,) * 3, (0.3081,) * 3, False),
+    "fashion_mnist": ((0.2860,) * 3, (0.3530,) * 3, True),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), False),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), True),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), True),
+}
+IMAGENET_STATISTICS = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD, True)
+
+
+class InputError(Exception):
+    """The user gave something unusable; the text says what is wrong and what to do."""
+
+
+def fail(message, any_rank=False):
+    """End the launch with one line on stderr and exit code 2.
+
+    Rank 0 speaks for all, because bad input is bad on every rank; `any_rank` is for what one
+    rank alone can see. A silent rank waits to be ended by torchrun: if it left first, torchrun
+    would end rank 0 in the middle of its line.
+    """
+    if world_info_from_env()[1] == 0 or any_rank:
+        tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.stderr.flush()
+    else:
+        time.sleep(60)
+    sys.exit(2)
+
+
+def number(low, high=math.inf, kind=float):
+    """An argparse type: a number from low to high; NaN is outside of every range."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+def lambda_kd(text):
+    return text if text == "dynamic" else number(0, 1)(text)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse itself would print its usage, once per rank
+        fail(f"{message} (--help lists all flags)")
+
+
+def get_parser():
+    """The command line. Flags without a default here take it from the preset of --data_set."""
+    parser = Parser(allow_abbrev=False)
+    count, natural, share, positive = (number(0, kind=int), number(1, kind=int), number(0, 1),
+                                       number(1e-12, 1e12))
+    add = parser.add_argument_group("data and tasks").add_argument
+    add("--data_set", default="digits", choices=PRESETS, help="data and preset (digits)")
+    add("--data_path", default="data", help="folder with the data, or to download it to (data)")
+    add("--num_bases", type=count, help="classes of the first task; 0: as many as --increment")
+    add("--increment", type=natural, help="classes of further tasks; the last may be smaller")
+    add("--class_order", default="default", help="default: numpy's permutation for seed 1993; "
+        "seed: a permutation drawn from --seed; or a file with the class numbers in order")
+    add("--input_size", type=natural, help="side of the square images, in pixels")
+    add("--color_jitter", type=number(0), default=0.0, help="of brightness, contrast, saturation")
+    add("--aa", help="timm auto-augment string, such as rand-m9-mstd0.5-inc1-mmax9, or none")
+    add("--reprob", type=share, default=0.0, help="probability of random erasing (0)")
+    add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="erase with (pixel)")
+    add("--recount", type=natural, default=1, help="regions erased at most (1)")
+    add = parser.add_argument_group("model and memory").add_argument
+    add("--backbone", help="any timm model, or resnet20/32/44/56 for small images")
+    add("--pretrained", action="store_true", help="start from timm's pretrained weights")
+    add("--memory_size", type=count, help="exemplars in total; 0: no replay")
+    add("--fixed_memory", action="store_true", help="memory_size / all classes exemplars for each "
+        "class from the start; without it, memory_size / classes so far")
+    add("--herding_method", default="barycenter", choices=["barycenter", "cluster", "random"])
+    add = parser.add_argument_group("training").add_argument
+    add("--batch_size", type=natural, help="images per step over ALL processes")
+    add("--num_epochs", type=natural, help="epochs per task")
+    add("--lr", type=positive, help="first learning rate of the cosine schedule")
+    add("--momentum", type=number(0, 0.9999), default=0.9)
+    add("--weight_decay", type=share)
+    add("--smooth", type=number(0, 0.9999), default=0.0, help="label smoothing (0)")
+    add("--lambda_kd", type=lambda_kd, help="weight of distillation, 0 to 1; 0: none; "
+        "dynamic: known / (known + new) classes")
+    add("--temperature", type=positive, default=2.0, help="temperature of distillation (2)")
+    add("--no_align", action="store_true", help="leave out weight alignment")
+    add("--seed", type=number(0, 2 ** 32 - 1, int), default=0)
+    add = parser.add_argument_group("machine and run").add_argument
+    add("--amp", default="none", choices=["none", "bf16", "fp16"], help="mixed precision (none)")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--device", choices=["cuda", "cpu", "mps"], help="(cuda if there is one, else cpu)")
+    add("--num_workers", type=count, help="loading processes per training process")
+    add("--eval_every_epoch", type=count, default=0, help="log test accuracy every N epochs (0: no)")
+    add("--output_dir", help="(runs/<method>_<data_set>_b<bases>_inc<increment>_seed<seed>_<time>)")
+    add("--resume", action="store_true", help="continue the run in --output_dir, if there is one")
+    add("--stop_after_task", type=count, default=0, help="stop after N tasks; --resume goes on")
+    add("--plots", default=True, action="store_true", help="draw accuracy and confusion (default)")
+    add("--no_plots", dest="plots", action="store_false")
+    return parser
+
+
+def setup(args):
+    """Fill in the preset, check every flag, and join the processes of the launch.
+
+    Adds `rank`, `local_rank`, `world_size`, `distributed` and the torch `device` to args (timm's
+    names): nccl and one GPU per process where there is CUDA, gloo on the CPU, and no process
+    group at all for a plain `python template.py`.
+    """
+    for name, value in {**COMMON, **PRESETS[args.data_set]}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.num_workers is None:  # tiny images cost less to load than to pass between processes
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.num_workers = min(8, os.cpu_count() // per_machine) if args.input_size > 16 else 0
+    args.config = dict(vars(args))  # what a checkpoint and results.json remember
+    world_size = world_info_from_env()[2]
+    if args.batch_size % world_size:
+        fail(f"--batch_size {args.batch_size} counts the images of all processes together and "
+             f"must be a multiple of their number, {world_size}")
+    if not timm.is_model(args.backbone):
+        near = timm.list_models(f"*{args.backbone.split('_')[0]}*")[:4]
+        fail(f"unknown --backbone {args.backbone}: any name in timm.list_models() works"
+             + ", such as " * bool(near) + ", ".join(near))
+    if re.search("^rand.*inc1", args.aa) and "mmax" not in args.aa:
+        fail(f"--aa {args.aa} reaches strengths at which Pillow 13 fails: append -mmax9")
+    try:
+        build_transform(args, train=True)
+    except Exception as error:
+        fail(f"--aa {args.aa} is no auto-augment string of timm ({type(error).__name__} {error}): "
+             "try rand-m9-mstd0.5-inc1-mmax9, or none")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no CUDA device; leave the flag out to run on the CPU")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = timm.utils.init_distributed_device(args)
+    torch.backends.cudnn.benchmark = True
+    set_seed(args.seed)  # the same first weights on every rank
+    # torchrun --max-restarts starts the same command again: go on where the last start ended.
+    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Processes, devices, seeds
+# ---------------------------------------------------------------------------------------------
+
+def set_seed(*numbers, rank=0):
+    """Seed python, numpy and torch from numbers such as (seed, task, stage, epoch), apart by
+    rank; return the number drawn from them. So no generator's state needs to be saved."""
+    drawn = int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
+    timm.utils.random_seed(drawn, rank)
+    return drawn
+
+
+def gather(shard, size, args):
+    """The rows of all ranks in the order of the data: rank r holds rows r, r + N, r + 2N, ...
+
+    shard: (about size / N, d) on this rank. Returns (size, d) on every rank, the same bits.
+    """
+    if not args.distributed:
+        return shard
+    padded = shard.new_zeros(math.ceil(size / args.world_size), *shard.shape[1:])
+    padded[:len(shard)] = shard
+    parts = [torch.empty_like(padded) for _ in range(args.world_size)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:size]
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Data and transforms
+# ---------------------------------------------------------------------------------------------
+
+def load_digits():
+    """scikit-learn's digits: [(images (n, 8, 8, 3) uint8, labels), the same of a test quarter]."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+    digits = load()
+    images = np.repeat((digits.images * 255 / 16).astype(np.uint8)[..., None], 3, axis=3)
+    train_x, test_x, train_y, test_y = train_test_split(
+        images, digits.target, test_size=0.25, stratify=digits.target, random_state=0)
+    return [(train_x, train_y), (test_x, test_y)]
+
+
+def load_folder(args):
+    """DIR/train/<class>/* and DIR/{test,val}/<class>/*: [(paths, labels) of train, of test], names.
+
+    Only paths are kept: the images stay on disk. Class numbers follow the sorted folder names.
+    """
+    root, splits, classes = Path(args.data_path), [], []
+    for names in (["train"], ["test", "val"]):
+        folder = next((root / name for name in names if (root / name).is_dir()), None)
+        if folder is None:
+            fail(f"{root} has no folder {' or '.join(names)}: --data_path takes a folder with "
+                 "train/<class>/* and test/<class>/* (or val)")
+        try:
+            images = ImageFolder(str(folder))
+        except FileNotFoundError as error:  # no class at all, or a class without an image
+            fail(f"{folder}: {error}")
+        splits.append((np.array([path for path, _ in images.samples]), np.array(images.targets)))
+        classes.append(images.classes)
+    if classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))
+        fail(f"{root}: train and test need the same classes; only one of them has {odd[:5]}")
+    if args.data_set == "imagenet100" and len(classes[0]) == 1000:  # the field's 100 of 1000
+        keep = np.sort(np.random.RandomState(1993).permutation(1000)[:100])
+        splits = [(x[np.isin(y, keep)], np.searchsorted(keep, y[np.isin(y, keep)]))
+                  for x, y in splits]
+        classes[0] = [classes[0][i] for i in keep]
+    paths = np.concatenate([x for x, _ in splits])[args.rank::args.world_size]
+    # Seconds. With more images than that, a broken one is named when its turn comes.
+    for path in paths if len(paths) * args.world_size < 100_000 else ():
+        try:
+            Image.open(path).close()
+        except Exception as error:
+            fail(f"{path}: {type(error).__name__}; mend or remove this file", any_rank=True)
+    return splits, classes[0]
+
+
+def load_data(args):
+    """[(x, y) of train, (x, y) of test], class names. x: images (n, H, W, 3), or n paths."""
+    if args.data_set == "digits":
+        return load_digits(), [str(i) for i in range(10)]
+    source = dict(cifar100="CIFAR100", cifar10="CIFAR10", mnist="MNIST", svhn="SVHN",
+                  fashion_mnist="FashionMNIST", tiny_imagenet="TinyImageNet200",
+                  cub200="CUB200").get(args.data_set)
+    if source is None or (Path(args.data_path) / "train").is_dir():
+        return load_folder(args)
+    try:
+        for turn in (True, False):  # rank 0 downloads, then the others find the files there
+            if (args.rank == 0) == turn:
+                with contextlib.redirect_stdout(sys.stderr):
+                    splits = [getattr(continuum_datasets, source)(
+                        args.data_path, train=train, download=turn).get_data()[:2]
+                        for train in (True, False)]
+            if args.distributed:
+                dist.barrier()
+    except Exception as error:
+        fail(f"{args.data_set} is not in {args.data_path} and could not be downloaded ("
+             f"{type(error).__name__}: {str(error)[:200]}): give --data_path a folder with its "
+             "files, or with train/<class>/* and test/<class>/*", any_rank=True)
+    splits = [(np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x, y) for x, y in splits]
+    return splits, [str(i) for i in np.unique(splits[0][1])]
+
+
+def get_class_order(args, nb_classes):
+    """The classes in the order in which they are learned: a list of class numbers."""
+    if args.class_order in ("default", "seed"):
+        seed = 1993 if args.class_order == "default" else args.seed
+        return np.random.RandomState(seed).permutation(nb_classes).tolist()
+    try:
+        order = [int(word) for word in re.findall(r"[^\s,\[\]]+", Path(args.class_order).read_text())]
+    except (OSError, ValueError) as error:
+        fail(f"--class_order {args.class_order}: default, seed, or a file of class numbers ({error})")
+    if sorted(order) != list(range(nb_classes)):
+        fail(f"--class_order {args.class_order}: must hold each of 0 to {nb_classes - 1} once")
+    return order
+
+
+def build_scenarios(args):
+    """Two continuum `ClassIncremental` scenarios, train and test, with the same tasks.
+
+    Labels are positions in the class order: the first task has the labels 0 to num_bases - 1.
+    """
+    splits, class_names = load_data(args)
+    total, first = len(class_names), args.num_bases or args.increment
+    if first > total or first < total < args.increment:
+        fail(f"--num_bases {args.num_bases} --increment {args.increment}: {args.data_set} has "
+             f"{total} classes only")
+    if 0 < args.memory_size < total:
+        fail(f"--memory_size {args.memory_size}: 0, or at least one exemplar for each of {total} "
+             "classes")
+    increments = [first] + [args.increment] * ((total - first) // args.increment)
+    increments += [total - sum(increments)] * (sum(increments) < total)
+    order, scenarios = get_class_order(args, total), []
+    for x, y in splits:
+        kind = TaskType.IMAGE_PATH if x.ndim == 1 else TaskType.IMAGE_ARRAY
+        data = continuum_datasets.InMemoryDataset(x, y, data_type=kind)
+        scenarios.append(ClassIncremental(data, increment=increments, class_order=order))
+        scenarios[-1].class_names = [class_names[i] for i in order]
+    smallest = min(len(taskset) for taskset in scenarios[0])
+    if smallest < args.batch_size:
+        fail(f"--batch_size {args.batch_size} is more than the {smallest} images of the smallest task")
+    return scenarios
+
+
+def build_transform(args, train):
+    """timm's `create_transform`; small images are cropped from a padded frame, not zoomed into.
+
+    Up to 64 pixels the random zoom of ImageNet recipes would throw most of an image away. Its
+    place is taken by a shift of up to 1/8 of the side (the usual padding of 4 for 32 pixels).
+    """
+    mean, std, flip = STATISTICS.get(args.data_set, IMAGENET_STATISTICS)
+    transform = timm.data.create_transform(
+        args.input_size, is_training=train, hflip=0.5 * flip, mean=mean, std=std,
+        color_jitter=args.color_jitter or None, auto_augment=None if args.aa == "none" else args.aa,
+        interpolation="bicubic", re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+    if args.input_size <= 64:
+        size = args.input_size
+        crop = transforms.RandomCrop(size, size // 8) if train else transforms.CenterCrop(size)
+        # Resize does nothing to images that have the right size already.
+        transform.transforms[:1 if train else 2] = [transforms.Resize(size), crop]
+    return transform
+
+
+def open_image(source):
+    """A path or an (H, W, 3) uint8 array as an RGB image; 16-bit grey keeps its upper 8 bits."""
+    if not isinstance(source, str):
+        return Image.fromarray(source)
+    image = Image.open(source)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return image.convert("RGB")
+
+
+class ImageSet(Dataset):
+    """Images with labels: `images[i]` is the clean image i, `images[i, seed]` an augmented one.
+
+    An augmentation depends on its seed alone, so the same images come out whatever the number of
+    processes and of loading workers. Made from a continuum task set or a pair (x, y).
+    x: (n, H, W, 3) uint8, or n paths; y: (n,) labels.
+    """
+
+    def __init__(self, taskset, args):
+        self.x, self.y = taskset.get_raw_samples()[:2] if hasattr(taskset, "trsf") else taskset
+        self.args, self.clean = args, build_transform(args, train=False)
+        self.augment = build_transform(args, train=True)
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, key):
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        if seed is not None:  # the three generators that transforms draw from
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+        source = self.x[index] if self.x.ndim > 1 else str(self.x[index])
+        try:
+            image = open_image(source)
+            image = self.clean(image) if seed is None else self.augment(image)
+        except Exception as error:
+            name = source if isinstance(source, str) else f"image {index}"
+            raise InputError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}; mend "
+                             f"or remove the image, or change --aa {self.args.aa}") from None
+        return image, int(self.y[index])
+
+    def select(self, rows):
+        """The images of these rows (a slice or indices), in this order."""
+        return ImageSet((self.x[rows], self.y[rows]), self.args)
+
+    def join(self, others):
+        """This set followed by all sets in the list `others`."""
+        sets = [self, *others]
+        return ImageSet((np.concatenate([s.x for s in sets]), np.concatenate([s.y for s in sets])),
+                        self.args)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Training helpers
+# ---------------------------------------------------------------------------------------------
+
+class SeededSampler(DistributedSampler):
+    """torch's sampler (rank r takes images r, r + N, ... of one permutation that all ranks draw
+    alike), with a seed for each image's augmentation beside its index."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        seeds = torch.randint(2 ** 32, (len(self.dataset),), generator=generator).tolist()
+        return ((index, seeds[index]) for index in super(SeededSampler, self).__iter__())
+
+
+def train_loader(train_set, args):
+    """Batches of batch_size / N images per rank. The incomplete last batch is left out, so the
+    global batches hold the same images for every number N of processes."""
+    sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
+    return DataLoader(train_set, args.batch_size // args.world_size, sampler=sampler, drop_last=True,
+                      num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
+                      pin_memory=args.device.type == "cuda")
+
+
+def clean_batches(image_set, args):
+    """Every clean image exactly once over all ranks, without padding: rank r has r, r + N, ..."""
+    shard = range(args.rank, len(image_set), args.world_size)
+    return to_device(DataLoader(image_set, 256, sampler=shard, num_workers=args.num_workers), args)
+
+
+def to_device(loader, args):
+    """The batches of a loader on the device, images in the fast channels_last layout."""
+    try:
+        for images, targets in loader:
+            yield (images.to(args.device, non_blocking=True, memory_format=torch.channels_last),
+                   targets.to(args.device, non_blocking=True))
+    except InputError as error:  # from a worker process its traceback comes along: last line
+        fail(str(error).strip().splitlines()[-1].split("InputError: ")[-1], any_rank=True)
+
+
+def autocast(args):
+    """bf16 or fp16 for the heavy operations where --amp asks for it; parameters stay float32."""
+    return torch.autocast(args.device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16,
+                          enabled=args.amp != "none")
+
+
+def create_backbone(args):
+    """A timm model without head on the device: images -> features (batch, num_features).
+
+    On several GPUs BatchNorm takes its statistics over the global batch (SyncBatchNorm). torch
+    has no such layer for the CPU: there each process normalises its own part of the batch.
+    """
+    options = dict(num_classes=0, pretrained=args.pretrained)
+    try:
+        try:  # transformers must know the size of their images; convolutional networks need not
+            backbone = timm.create_model(args.backbone, img_size=args.input_size, **options)
+        except TypeError:
+            backbone = timm.create_model(args.backbone, **options)
+        with torch.no_grad():
+            features = backbone.eval()(torch.zeros(2, 3, args.input_size, args.input_size))
+    except Exception as error:
+        fail(f"--backbone {args.backbone} --input_size {args.input_size}"
+             f"{' --pretrained' * args.pretrained}: {str(error)[:300]}")
+    backbone.num_features = features.shape[1]  # what comes out; some models announce another
+    if args.distributed and args.device.type == "cuda":
+        backbone = timm.layers.convert_sync_batchnorm(backbone)
+    return backbone.to(args.device, memory_format=torch.channels_last)
+
+
+def distribute(model, args):
+    """The model as it is called in training: gradients averaged over all ranks, compiled or not.
+
+    Rank 0's parameters go to all ranks once, here. BatchNorm's running averages drift apart
+    during an epoch and are made equal at its end (`Run.end_epoch`).
+    """
+    if args.distributed:
+        on_gpu = [args.local_rank] if args.device.type == "cuda" else None
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=on_gpu, broadcast_buffers=False)
+    return torch.compile(model) if args.compile else model
+
+
+class Meter:
+    """The batches of one epoch, its loss and accuracy over all ranks, and a bar on rank 0.
+
+    The sums stay on the device: they are read once a second for the bar and once at the end, so
+    no step waits for the GPU.
+    """
+
+    def __init__(self, loader, args, title):
+        self.args, self.loader, self.start, self.shown = args, loader, time.time(), 0.0
+        self.sums = torch.zeros(3, device=args.device)  # loss, correct, images of this rank
+        self.bar = tqdm(total=len(loader), desc=title, leave=False,
+                        disable=args.rank > 0 or not sys.stderr.isatty())
+
+    def __iter__(self):
+        return to_device(self.loader, self.args)
+
+    def update(self, loss, logits, targets):
+        correct = (logits.detach().argmax(dim=1) == targets).sum()
+        images = torch.full_like(correct, len(targets))
+        self.sums += torch.stack([loss.detach().float() * len(targets), correct, images])
+        self.bar.update()
+        if not self.bar.disable and time.time() > self.shown + 1:
+            self.shown, (loss, correct, images) = time.time(), self.sums.tolist()
+            self.bar.set_postfix(loss=f"{loss / images:.3f}", acc=f"{100 * correct / images:.1f}%")
+
+    def averages(self):
+        """{"loss", "train_accuracy" (%), "images", "seconds", "images_per_second"} of all ranks."""
+        self.bar.close()
+        if self.args.distributed:
+            dist.all_reduce(self.sums)
+        (loss, correct, images), seconds = self.sums.tolist(), time.time() - self.start
+        return {"loss": loss / images, "train_accuracy": 100 * correct / images,
+                "images": int(images), "seconds": seconds, "images_per_second": images / seconds}
+
+
+@torch.no_grad()
+def extract_features(model, image_set, args):
+    """Features of the clean images: (n, d) float32 on the CPU of every rank, the same bits.
+
+    Each rank computes its share, then all ranks get all rows in the order of the set.
+    """
+    model.eval()
+    shard = [torch.zeros(0, model.fc.embed_dim, device=args.device)]
+    for images, _ in clean_batches(image_set, args):
+        with autocast(args):
+            shard.append(model(images)[1].float())
+    return gather(torch.cat(shard), len(image_set), args).cpu()
+
+
+def select_exemplars(model, new_data, m, args):
+    """(Up to) m exemplars of each class of new_data, as a list of ImageSets, best images first.
+
+    barycenter: `herding`; cluster: nearest to the class mean first; random: any. Rank 0 decides
+    for all, also where the machines of a launch round differently.
+    """
+    features, exemplars = extract_features(model, new_data, args), []
+    for label in np.unique(new_data.y) if m else ():
+        rows = torch.from_numpy(new_data.y == label).nonzero()[:, 0]
+        if args.herding_method == "barycenter":
+            best = herding(features[rows], m)
+        elif args.herding_method == "cluster":
+            best = (features[rows] - features[rows].mean(0)).norm(dim=1).argsort(stable=True)[:m]
+        else:
+            best = torch.randperm(len(rows))[:m]
+        rows = rows[best].to(args.device)
+        if args.distributed:
+            dist.broadcast(rows, src=0)
+        exemplars.append(new_data.select(rows.cpu().numpy()))
+    return exemplars
+
+
+def herding(features, m):
+    """iCaRL's choice of exemplars (Rebuffi et al., CVPR 2017, Algorithm 4). O(n m d).
+
+    Greedily picks the row that brings the mean of the picked rows closest to the class mean, on
+    L2-normalised features. features: (n, d), of one class. Returns min(m, n) row numbers, the
+    most important first, so that a smaller memory is a prefix of a larger one.
+    """
+    features = torch.nn.functional.normalize(features.double(), dim=1)
+    mean, total = features.mean(dim=0), torch.zeros(features.shape[1], dtype=torch.float64)
+    taken, order = torch.zeros(len(features), dtype=torch.float64), []
+    for k in range(1, min(m, len(features)) + 1):
+        distance = (mean - (total + features) / k).norm(dim=1) + taken
+        order.append(int(distance.argmin()))
+        total += features[order[-1]]
+        taken[order[-1]] = math.inf
+    return torch.tensor(order, dtype=torch.int64)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Evaluation
+# ---------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(trainer):
+    """Accuracy on the test images of all tasks so far, each image counted once over all ranks.
+
+    Returns {"acc1", "acc5", "accuracy": [of each task], "task_aware": [of each task]} in percent
+    and "confusion": row i, column j counts images of class i that were taken for class j.
+    """
+    args, increments = trainer.args, trainer.run.increments[:trainer.task + 1]
+    test_set = ImageSet(trainer.run.test_scenario[:trainer.task + 1], args)
+    total, device = sum(increments), args.device
+    task_of = torch.arange(len(increments)).repeat_interleave(torch.tensor(increments)).to(device)
+    confusion = torch.zeros(total, total, dtype=torch.int64, device=device)
+    hits = torch.zeros(2, total, dtype=torch.int64, device=device)  # by class: top 5, task-aware
+    trainer.model.eval()
+    for images, targets in clean_batches(test_set, args):
+        with autocast(args):
+            logits = trainer.predict(images).float()  # (batch, total)
+        one = torch.ones_like(targets)
+        confusion.index_put_((targets, logits.argmax(dim=1)), one, accumulate=True)
+        top5 = (logits.topk(min(5, total)).indices == targets[:, None]).any(dim=1)
+        in_task = logits.masked_fill(task_of[targets][:, None] != task_of, -math.inf)
+        for row, hit in enumerate((top5, in_task.argmax(dim=1) == targets)):
+            hits[row].index_put_((targets,), hit.long(), accumulate=True)
+    if args.distributed:
+        dist.all_reduce(confusion)
+        dist.all_reduce(hits)
+    images = confusion.sum(dim=1)  # of each class
+
+    def percent(counts):
+        return [100 * int(c.sum()) / int(n.sum())
+                for c, n in zip(counts.split(increments), images.split(increments))]
+
+    return {"acc1": 100 * int(confusion.diag().sum()) / int(images.sum()),
+            "acc5": 100 * int(hits[0].sum()) / int(images.sum()),
+            "accuracy": percent(confusion.diag()), "task_aware": percent(hits[1]),
+            "confusion": confusion.tolist()}
+
+
+def forgetting(matrix):
+    """Mean over the old tasks u of max_{t<T} a[t][u] - a[T][u], percent points (Chaudhry et al.,
+    ECCV 2018). matrix: row t, after task t, has t + 1 entries. 0 after the first task."""
+    last = len(matrix) - 1
+    drops = [max(row[u] for row in matrix[u:last]) - matrix[last][u] for u in range(last)]
+    return sum(drops) / len(drops) if drops else 0.0
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. What a run leaves on disk
+# ---------------------------------------------------------------------------------------------
+
+MAY_DIFFER = {"resume", "output_dir", "num_workers", "stop_after_task", "plots", "device"}
+
+
+def write_file(path, data):
+    """Write bytes beside the file, then rename: a reader finds the old file or the new, whole."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"{path} could not be written ({error.strerror}); what was there before is still whole")
+
+
+def write_tensors(path, content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+class Run:
+    """The output directory of a run: log.jsonl, checkpoint.pt, results.json, model.pt and plots.
+
+    Rank 0 reads and writes; all ranks hold the same numbers. A checkpoint is written after every
+    epoch. What comes after the last epoch of a task (herding, alignment, evaluation) is computed
+    again when a run is resumed there, with the same result.
+    """
+
+    def __init__(self, trainer, scenario, test_scenario):
+        args, self.test_scenario = trainer.args, test_scenario
+        self.args = args
+        method = type(trainer).__name__.replace("CilTrainer", "WA")
+        cuda = args.device.type == "cuda"
+        self.start, self.images, self.train_seconds, self.saved = time.time(), 0, 0.0, {}
+        self.results = {
+            "method": method, "args": args.config, "increments": list(scenario.increments),
+            "class_order": [int(c) for c in scenario.class_order],
+            "class_names": scenario.class_names, "accuracy_matrix": [], "task_aware_matrix": [],
+            "acc1s": [], "acc5s": [], "gammas": [], "world_size": args.world_size,
+            "device": torch.cuda.get_device_name() if cuda else args.device.type,
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
+                         "timm": timm.__version__, "numpy": np.__version__}}
+        self.increments = self.results["increments"]
+        if args.rank == 0:
+            self.open_directory(method)
+        if args.distributed:  # what rank 0 read goes to all: only its machine needs the file
+            box = [self.saved]
+            dist.broadcast_object_list(box, src=0, device=args.device)
+            self.saved = box[0]
+
+    def open_directory(self, method):
+        args = self.args
+        name = f"{method}_{args.data_set}_b{args.num_bases}_inc{args.increment}_seed{args.seed}_"
+        self.dir = Path(args.output_dir or f"runs/{name}{time.strftime('%Y%m%d-%H%M%S')}")
+        if args.resume and not args.output_dir:  # the newest run of this kind, if there is one
+            self.dir = max((file.parent for file in Path("runs").glob(f"{name}*/checkpoint.pt")),
+                           default=self.dir)
+        self.lock = filelock.FileLock(self.dir / ".lock")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)  # the system frees it when this process ends, however
+        except filelock.Timeout:
+            fail(f"--output_dir {self.dir}: another run is writing there")
+        except OSError as error:
+            fail(f"--output_dir {self.dir}: not a directory that can be written ({error.strerror})")
+        found = [n for n in ("checkpoint.pt", "results.json", "log.jsonl") if (self.dir / n).exists()]
+        if found and not args.resume:
+            fail(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to continue that "
+                 "run, or name another directory")
+        if "checkpoint.pt" in found:
+            self.load(self.dir / "checkpoint.pt")
+        if "log.jsonl" in found:  # lines after the last checkpoint will come again
+            last = [self.saved.get(key, -1) + 1 for key in ("task", "stage", "epoch")]
+            kept = [line for line in (self.dir / "log.jsonl").read_text().splitlines(keepends=True)
+                    if line.endswith("}\n") and list(json.loads(line).values())[:3] <= last]
+            write_file(self.dir / "log.jsonl", "".join(kept).encode())
+
+    def load(self, path):
+        try:  # weights_only: a checkpoint from a stranger runs no code
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            config, mine = saved["results"]["args"], self.args.config
+            missing = {"task", "stage", "epoch", "model", "optimizer", "exemplars"} - saved.keys()
+            assert not missing, missing
+        except Exception as error:
+            fail(f"--resume: {path} is no whole checkpoint of this trainer ({type(error).__name__}); "
+                 "move it away to start again")
+        changed = [f"--{name} {config.get(name)} (now {mine[name]})" for name in mine
+                   if name not in MAY_DIFFER and config.get(name) != mine[name]]
+        changed += [name for name in ("method", "increments", "class_order")
+                    if saved["results"][name] != self.results[name]]
+        if changed:
+            fail(f"--resume: {path} was made with {', '.join(changed)}; use the same command, or "
+                 "another --output_dir")
+        self.saved = saved
+
+    def tasks(self, trainer):
+        """(task, number of new classes) one after the other, up to --stop_after_task."""
+        for task, nb_new in enumerate(self.increments[:self.args.stop_after_task or None]):
+            trainer.stage = -1  # the first `fit` of a task is stage 0
+            set_seed(self.args.seed, task)  # the same new weights on every rank
+            yield task, nb_new
+
+    def reached(self, trainer):
+        """False for a task that was over before a resume. At the task of the checkpoint: loads
+        weights, teacher and exemplars into the trainer, whose model has the right shape by now.
+        """
+        saved, task = self.saved, trainer.task
+        if saved and task == saved["task"]:
+            trainer.model.load_state_dict(saved["model"])
+            if trainer.teacher is not None:
+                trainer.teacher.load_state_dict(saved["teacher"])
+            trainer.scaler.load_state_dict(saved["scaler"])
+            trainer.exemplars = [
+                ImageSet((np.array(x) if isinstance(x, list) else x.numpy(), y.numpy()), self.args)
+                for x, y in saved["exemplars"]]
+            self.results.update(saved["results"], args=self.args.config)
+            self.images, self.train_seconds = saved["images"], saved["train_seconds"]
+            self.start = time.time() - saved["seconds"]
+        return task >= saved.get("task", 0)
+
+    def epochs(self, trainer, loader, optimizer, scheduler, num_epochs):
+        """The epochs of one fit, seeded one by one: all of them, those after the checkpoint, or
+        none if the fit was over before a --resume."""
+        trainer.stage += 1
+        here = [trainer.task, trainer.stage]
+        there = [self.saved.get(key, -1) for key in ("task", "stage")]
+        first = 0 if here > there else num_epochs
+        if here == there:
+            optimizer.load_state_dict(self.saved["optimizer"])
+            scheduler.load_state_dict(self.saved["scheduler"])
+            first = self.saved["epoch"] + 1
+        for epoch in range(first, num_epochs):
+            seed = set_seed(self.args.seed, *here, epoch, rank=self.args.rank)
+            loader.sampler.set_epoch(seed)  # without the rank: one order of images for all
+            yield epoch
+        set_seed(self.args.seed, *here, num_epochs)
+
+    def end_epoch(self, trainer, averages, optimizer, scheduler):
+        """Make BatchNorm's averages equal on all ranks, log the epoch, write the checkpoint."""
+        args, results = self.args, self.results
+        if not math.isfinite(averages["loss"]):
+            fail(f"the loss became {averages['loss']} in task {trainer.task + 1}, epoch "
+                 f"{trainer.epoch + 1}, --lr {args.lr}: try a smaller one; the checkpoint of the "
+                 "epoch before is kept")
+        if args.distributed:
+            timm.utils.distribute_bn(trainer.model, args.world_size, reduce=True)
+        if args.eval_every_epoch and (trainer.epoch + 1) % args.eval_every_epoch == 0:
+            averages["test_accuracy"] = evaluate(trainer)["acc1"]
+        self.images += averages["images"]
+        self.train_seconds += averages["seconds"]
+        if args.rank:
+            return
+        line = {"task": trainer.task + 1, "stage": trainer.stage + 1, "epoch": trainer.epoch + 1,
+                **averages, "lr": scheduler.get_last_lr()[0]}
+        try:
+            with open(self.dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            fail(f"{self.dir / 'log.jsonl'} could not be written ({error.strerror})")
+        write_tensors(self.dir / "checkpoint.pt", {
+            "task": trainer.task, "stage": trainer.stage, "epoch": trainer.epoch,
+            "model": trainer.model.state_dict(),
+            "teacher": trainer.teacher and trainer.teacher.state_dict(),
+            "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "exemplars": [(s.x.tolist() if s.x.ndim == 1 else torch.from_numpy(s.x),
+                           torch.from_numpy(s.y)) for s in trainer.exemplars],
+            "results": results, "images": self.images, "train_seconds": self.train_seconds,
+            "seconds": time.time() - self.start})
+
+    def end_task(self, trainer, scores):
+        """Add a row to the accuracy matrix, print one line, write results.json."""
+        results, done = self.results, trainer.task + 1
+        for key, score in (("accuracy_matrix", "accuracy"), ("task_aware_matrix", "task_aware"),
+                           ("acc1s", "acc1"), ("acc5s", "acc5")):
+            results[key] = results[key] + [scores[score]]
+        results.update(
+            confusion=scores["confusion"], finished=done == len(self.increments),
+            average_incremental_accuracy=sum(results["acc1s"]) / done,
+            last_accuracy=scores["acc1"], forgetting=forgetting(results["accuracy_matrix"]),
+            seconds=time.time() - self.start, images_per_second=self.images / self.train_seconds)
+        if self.args.rank == 0:
+            print(f"task {done}/{len(self.increments)}: {scores['acc1']:.2f} % of the test images "
+                  f"of {sum(self.increments[:done])} classes right", flush=True)
+            write_file(self.dir / "results.json", json.dumps(results).encode())
+
+    def finish(self, trainer):
+        """Plots, model.pt, the final table and the paths of the files; leave the process group."""
+        results, args = self.results, self.args
+        if args.rank == 0:
+            mean, std, _ = STATISTICS.get(args.data_set, IMAGENET_STATISTICS)
+            write_tensors(self.dir / "model.pt", {
+                "backbone": args.backbone, "input_size": args.input_size, "mean": list(mean),
+                "std": list(std), "increments": self.increments[:trainer.task + 1],
+                "class_order": results["class_order"], "class_names": results["class_names"],
+                "state_dict": trainer.model.state_dict()})
+            if args.plots:
+                plot_accuracy(results, self.dir / "accuracy.png")
+                plot_confusion(results, self.dir / "confusion.png")
+            print("\ntest accuracy (%)\nafter task" + "".join(
+                f"  task {u + 1:<2}" for u in range(trainer.task + 1)) + "   all")
+            for t, (row, acc1) in enumerate(zip(results["accuracy_matrix"], results["acc1s"])):
+                cells = [f"{a:8.2f}" for a in row] + [" " * 8] * (trainer.task - t)
+                print(f"{t + 1:>10}" + "".join(cells) + f"{acc1:8.2f}")
+            print(f"average incremental accuracy {results['average_incremental_accuracy']:.2f} %, "
+                  f"last {results['last_accuracy']:.2f} %, forgetting {results['forgetting']:.2f} "
+                  f"points, {results['seconds']:.0f} s\n")
+            print(*sorted(f for f in self.dir.iterdir() if f.name[0] != "."), sep="\n", flush=True)
+            self.lock.release()
+        if args.distributed:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def plot_accuracy(results, path):
+    """Accuracy on each task's test images, and on all of them, after each task."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes, matrix = figure.subplots(), results["accuracy_matrix"]
+    tasks = range(1, len(matrix) + 1)
+    for u in range(len(matrix)):
+        axes.plot(tasks[u:], [row[u] for row in matrix[u:]], "o-", lw=1, ms=3, label=f"task {u + 1}")
+    axes.plot(tasks, results["acc1s"], "ks-", lw=2, label="all tasks so far")
+    axes.set(xlabel="tasks learned", ylabel="test accuracy (%)", ylim=(0, 102), xticks=tasks,
+             title=f"{results['method']} on {results['args']['data_set']}: average incremental "
+                   f"accuracy {results['average_incremental_accuracy']:.1f} %")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def plot_confusion(results, path):
+    """Row: true class, column: predicted class, percent of the row; lines between the tasks."""
+    from matplotlib.figure import Figure
+    share = np.array(results["confusion"], dtype=float)
+    share *= 100 / share.sum(axis=1, keepdims=True)
+    figure = Figure(figsize=(5.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="magma", vmin=0, vmax=100)
+    for border in np.cumsum(results["increments"][:len(results["acc1s"])])[:-1] - 0.5:
+        axes.axhline(border, color="w", lw=0.5)
+        axes.axvline(border, color="w", lw=0.5)
+    axes.set(xlabel="predicted class (in the order learned)", ylabel="true class")
+    figure.colorbar(image, label="percent of the true class")
+    figure.savefig(path, dpi=120)
