@@ -5,13 +5,16 @@ Class Incremental Learning" (Zhao et al., CVPR 2020, arXiv 1911.07053).
     torchrun --nproc_per_node=2 template.py               # the same on two processes or GPUs
     torchrun --nproc_per_node=4 template.py --data_set cifar100 --data_path DIR --amp bf16
 """
-# The idea. Classes arrive in tasks; after each task the model is tested on all classes so far,
-# but of the old classes only a few images (exemplars) may be kept. WA does three things:
-#   1. it replays exemplars, chosen by herding,              (update_memory, tutorial chapter 6)
-#   2. it distils the old model's answers into the new one,  (compute_loss, chapter 7)
-#   3. it aligns the classifier's weights after training.    (finish_task, chapter 8)
-# To try an idea of your own: copy this file and edit it, or subclass CilTrainer and override
-# one of its steps. Flags, data, processes, checkpoints and plots are in utils.py.
+# The idea. Classes arrive in tasks. After each task the model is tested on all classes so far,
+# but of the old classes only a few images, the exemplars, may be kept. A network that simply
+# trains on forgets the old classes at once. WA does three things against that:
+#   1. it replays exemplars, chosen by herding             (update_memory)
+#   2. it distils the old model's answers into the new one (compute_loss)
+#   3. it aligns the classifier's weights after training   (finish_task)
+# Read `main` at the bottom first: it is the life of a model. The steps that it calls are methods
+# of CilTrainer, in the order of their use; CilModel above it is the network that grows.
+# To try an idea of your own, copy this file and edit it, or subclass CilTrainer and override one
+# of its steps. Flags, data, processes, checkpoints and plots are in utils.py.
 import copy
 
 import timm
@@ -28,15 +31,17 @@ class CilClassifier(nn.Module):
     def __init__(self, embed_dim):
         super().__init__()
         self.embed_dim = embed_dim
-        # Side by side the heads are one linear layer that grows. Row c of all their weights is
-        # the prototype w_c of class c, and its logit is <w_c, phi(x)> + b_c.
+        # Side by side the heads are one linear layer that grows. The row w_c of all their
+        # weights is the prototype of class c, and its logit is <w_c, phi(x)> + b_c.
         self.heads = nn.ModuleList()
 
     def expand(self, nb_classes):
         """Add a head for nb_classes new classes; the old logits stay as they are."""
+        # Every rank draws the same numbers here: the generators are seeded by (seed, task).
         self.heads.append(nn.Linear(self.embed_dim, nb_classes))
 
     def forward(self, features):
+        # Heads in the order of the tasks: column c belongs to the class with label c.
         return torch.cat([head(features) for head in self.heads], dim=1)
 
 
@@ -57,7 +62,7 @@ class CilModel(nn.Module):
         self.fc.expand(nb_classes)
 
     def freeze(self):
-        """Stop all learning, that of BatchNorm's averages included. Returns the model."""
+        """Stop all learning, that of BatchNorm's running averages included; return the model."""
         return self.requires_grad_(False).eval()
 
     def copy(self):
@@ -65,21 +70,21 @@ class CilModel(nn.Module):
 
     @torch.no_grad()
     def align_weights(self, nb_new):
-        """Scale the newest nb_new prototypes by gamma = mean |w_old| / mean |w_new|: WA, eq. 8.
-
-        Returns gamma as a float.
-        """
+        """Scale the newest nb_new prototypes by gamma = mean |w_old| / mean |w_new|; return it."""
+        # New classes had many more images, so their prototypes grew longer, and with them their
+        # logits: old images are taken for new classes. One common factor takes that advantage
+        # away and leaves the order among the new classes as it was learned.
         norms = torch.cat([head.weight for head in self.fc.heads]).norm(dim=1)  # (known + new,)
         gamma = norms[:-nb_new].mean() / norms[-nb_new:].mean()
+        # Only weights: the argument is about |w|, and the biases are too small to matter. The
+        # paper also clips w at 0 in every step; on digits that gained nothing, so we do not.
         self.fc.heads[-1].weight *= gamma
         return float(gamma)
 
 
 def knowledge_distillation(logits, teacher_logits, temperature):
-    """KL divergence of the softened student from the softened teacher, mean over the batch.
-
-    Both (batch, known). Same gradient as the cross-entropy of WA, eq. 2, and 0 at equality.
-    """
+    """KL divergence between softened teacher and student, (batch, known) each; batch mean."""
+    # The gradient is that of the cross-entropy in the paper; this form is 0 where both agree.
     return F.kl_div(F.log_softmax(logits / temperature, dim=1),
                     F.softmax(teacher_logits / temperature, dim=1), reduction="batchmean")
 
@@ -100,26 +105,29 @@ class CilTrainer:
     def expand_model(self, nb_new, new_data):
         """Make room for nb_new classes. new_data: their images, for a clever start (unused)."""
         self.model.expand(nb_new)
-        self.model.to(self.args.device)
+        self.model.to(self.args.device)  # the new head was made on the CPU
 
     def train_task(self, train_set):
         """Learn a task from its images and the exemplars of all tasks before."""
+        # Everything learns, old heads and backbone too: what holds them is replay and KD.
         self.fit(train_set, self.model.parameters(), self.args.num_epochs, self.args.lr)
 
     def fit(self, train_set, parameters, num_epochs, lr):
         """SGD with a cosine schedule on these parameters; a task may do it more than once."""
+        # --batch_size counts the images of all ranks together, so the learning rate fits for
+        # every number of ranks. A new task starts with a fresh optimizer and its full rate.
         loader = utils.train_loader(train_set, self.args)
         optimizer = torch.optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
         # Every rank holds the whole model. DDP averages the gradients during backward, so all
-        # ranks take the same step; `self.model` is the same network without that wrapper.
+        # ranks take the same step. `self.model` is the same network without that wrapper.
         self.parallel_model = utils.distribute(self.model, self.args)
         # All that is random in an epoch follows from (seed, task, stage, epoch, rank). So a run
-        # that was killed goes on here, at the epoch after its checkpoint, as if nothing had been.
+        # that was killed goes on here, after its last checkpoint, as if nothing had happened.
         for self.epoch in self.run.epochs(self, loader, optimizer, scheduler, num_epochs):
             averages = self.train_epoch(loader, optimizer)
             scheduler.step()
-            # BatchNorm's running averages are made equal on all ranks, rank 0 saves a checkpoint.
+            # Makes BatchNorm's running averages equal on all ranks; rank 0 saves a checkpoint.
             self.run.end_epoch(self, averages, optimizer, scheduler)
 
     def train_epoch(self, loader, optimizer):
@@ -130,23 +138,26 @@ class CilTrainer:
             with utils.autocast(self.args):
                 loss, logits = self.compute_loss(images, targets)
             optimizer.zero_grad()
-            # The scaler only acts under --amp fp16, whose small gradients would round to zero.
+            # The scaler acts under --amp fp16 only, where small gradients would round to 0.
             self.scaler.scale(loss).backward()
             self.scaler.step(optimizer)
             self.scaler.update()
-            meter.update(loss, logits, targets)
+            meter.update(loss, logits, targets)  # sums on the device: no step waits for them
         return meter.averages()
 
     def compute_loss(self, images, targets):
-        """(1 - lambda) CE + lambda KD: WA, eq. 4. Returns the loss and the logits."""
+        """(1 - lambda) CE + lambda KD. Returns the loss, a scalar, and the logits."""
+        # parallel_model, not model: only a call of the DDP wrapper averages the gradients.
         logits, _ = self.parallel_model(images)  # (batch, known + new)
+        # CE over all classes: new images and exemplars are ordinary samples of the batch.
         loss = F.cross_entropy(logits, targets, label_smoothing=self.args.smooth)
         # The more classes are known already, the more the old answers count.
         dynamic = self.known_classes / logits.shape[1]
         weight = dynamic if self.args.lambda_kd == "dynamic" else self.args.lambda_kd
         if self.teacher is not None and weight > 0:
             soft, _ = self.teacher(images)  # (batch, known); frozen, so no graph is kept
-            # No factor T^2: WA has none, and on digits it held the new classes down (chapter 7).
+            # Without the factor T^2 of other papers: WA has none, and it would make KD four
+            # times as strong at T = 2, which on digits held the new classes down.
             kd = knowledge_distillation(logits[:, :self.known_classes], soft, self.args.temperature)
             loss = (1 - weight) * loss + weight * kd
         return loss, logits
@@ -155,10 +166,11 @@ class CilTrainer:
         """Share the memory equally among the classes: cut the old, choose from the new."""
         seen = self.known_classes + self.nb_new
         m = self.args.memory_size // (sum(self.run.increments) if self.args.fixed_memory else seen)
-        # The old exemplars are ranked, so the first m are the best m.
+        # Exemplars are kept in the order of their choice, so the first m are the best m.
         self.exemplars = [images.select(slice(m)) for images in self.exemplars[:self.known_classes]]
-        # Each rank computes the features of a share of the clean images and gets those of all.
-        # With augmented images every rank would choose exemplars of its own (chapter 4).
+        # Each rank computes the features of a share of the clean images and gets those of all,
+        # so all ranks choose the same exemplars. From augmented images each would choose its own,
+        # and the memory would silently hold several times its size.
         self.exemplars += utils.select_exemplars(self.model, new_data, m, self.args)
 
     def finish_task(self):
@@ -168,24 +180,30 @@ class CilTrainer:
 
     def predict(self, images):
         """Scores of all classes so far, (batch, known + new); the largest is the answer."""
+        # The bare model: ranks have different numbers of test images, and DDP would wait.
         return self.model(images)[0]
 
 
 def main(args, Trainer=CilTrainer):
-    """Learn the tasks one after the other: every rank runs this loop on its share of the data."""
+    """Learn the tasks one after the other; every rank runs this loop, in step with the others."""
     utils.setup(args)
-    train_scenario, test_scenario = utils.build_scenarios(args)  # continuum: one item per task
+    # continuum: item t holds the images of task t, labelled in the order of learning.
+    train_scenario, test_scenario = utils.build_scenarios(args)
     trainer = Trainer(args)
     run = trainer.run = utils.Run(trainer, train_scenario, test_scenario)
     for trainer.task, trainer.nb_new in run.tasks(trainer):
         new_data = utils.ImageSet(train_scenario[trainer.task], args)
         trainer.expand_model(trainer.nb_new, new_data)
-        if run.reached(trainer):  # False for the tasks that were over before a --resume
+        # A resumed run goes through its finished tasks without training, to give the model its
+        # shape; the weights of the checkpoint are loaded at the task that was under way.
+        if run.reached(trainer):
             trainer.train_task(new_data.join(trainer.exemplars))
-            # The memory first: methods that classify by class means compute them from exemplars.
+            # Memory first: a method that classifies by class means computes them from exemplars.
             trainer.update_memory(new_data)
             trainer.finish_task()
+            # On the test images of all tasks so far, and without being told the task.
             run.end_task(trainer, utils.evaluate(trainer))
+        # From now on these classes are old: the aligned model is what the next one must answer.
         trainer.teacher = trainer.model.copy().freeze()
         trainer.known_classes += trainer.nb_new
     run.finish(trainer)

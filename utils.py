@@ -243,6 +243,15 @@ def load_digits():
     return [(train_x, train_y), (test_x, test_y)]
 
 
+def find_broken(paths):
+    """The first path whose header is not that of an image, with the reason; or None."""
+    for path in paths:
+        try:
+            Image.open(path).close()
+        except Exception as error:
+            return f"{path} ({type(error).__name__})"
+
+
 def load_folder(args):
     """DIR/train/<class>/* and DIR/{test,val}/<class>/*: [(paths, labels) of train, of test], names.
 
@@ -268,13 +277,14 @@ def load_folder(args):
         splits = [(x[np.isin(y, keep)], np.searchsorted(keep, y[np.isin(y, keep)]))
                   for x, y in splits]
         classes[0] = [classes[0][i] for i in keep]
-    paths = np.concatenate([x for x, _ in splits])[args.rank::args.world_size]
-    # Seconds. With more images than that, a broken one is named when its turn comes.
-    for path in paths if len(paths) * args.world_size < 100_000 else ():
-        try:
-            Image.open(path).close()
-        except Exception as error:
-            fail(f"{path}: {type(error).__name__}; mend or remove this file", any_rank=True)
+    paths = np.concatenate([x for x, _ in splits])
+    if len(paths) <= 100_000:  # seconds; of more images, a broken one is named when its turn comes
+        broken = [find_broken(paths[args.rank::args.world_size])]
+        if args.distributed:  # every rank looks at a share, all hear the outcome
+            broken *= args.world_size
+            dist.all_gather_object(broken, broken[0])
+        for text in filter(None, broken):
+            fail(f"{text}: no image that can be read; mend or remove this file")
     return splits, classes[0]
 
 
@@ -724,7 +734,9 @@ class Run:
 
     def load(self, path):
         try:  # weights_only: a checkpoint from a stranger runs no code
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                saved = torch.load(path, map_location="cpu", weights_only=True)
             config, mine = saved["results"]["args"], self.args.config
             missing = {"task", "stage", "epoch", "model", "optimizer", "exemplars"} - saved.keys()
             assert not missing, missing

@@ -5,9 +5,11 @@ so it can be killed, and has its own process group, generators and current folde
 """
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -69,11 +71,16 @@ class Launch:
             self.processes.append(process)
 
     def wait(self, seconds=120):
-        for process in self.processes:
-            process.join(seconds)
-            if process.is_alive():
+        """The exit codes. As under torchrun, the first bad end of one process ends the others."""
+        end = time.time() + seconds
+        while any(process.is_alive() for process in self.processes):
+            if any(process.exitcode for process in self.processes):
+                for process in self.processes:
+                    process.terminate()
+            if time.time() > end:
                 self.kill()
                 pytest.fail(f"still running after {seconds} s:\n{self.stderr()}")
+            multiprocessing.connection.wait([p.sentinel for p in self.processes if p.is_alive()], 0.1)
         return [process.exitcode for process in self.processes]
 
     def kill(self):

@@ -440,3 +440,30 @@ def test_the_flags_in_the_readme_exist():
                 "--master_addr", "--master_port", "--max-restarts", "--rdzv_id", "--nodes",
                 "--ntasks-per-node", "--gpus-per-node"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known | launcher
+
+
+def test_the_tables_in_the_texts_are_those_of_the_results():
+    from tutorial import figures
+    for name in figures.TEXTS:
+        text = (ROOT / name).read_text()
+        assert figures.fill(text) == text
+
+
+def test_digits_show_what_each_ingredient_does():
+    """Over ten recorded seeds each step of WA adds more than a standard error."""
+    from tutorial import figures
+    runs = [figures.load(f"digits_{name}_seed*.json") for name in ("finetune", "replay", "replay_kd", "wa")]
+    scores = np.array([[run["average_incremental_accuracy"] for run in method] for method in runs])
+    assert scores.shape == (4, 10)
+    errors = scores.std(axis=1, ddof=1) / np.sqrt(10)
+    for less, more, e, e2 in zip(scores, scores[1:], errors, errors[1:]):
+        assert more.mean() - less.mean() > max(e, e2)
+    assert runs[3][0]["args"]["memory_size"] <= 50
+    for method in runs:
+        assert [run["args"]["seed"] for run in method] == list(range(10))
+
+
+def test_links_in_the_readme_exist():
+    for name in ("README.md", "tutorial/README.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+            assert target.startswith("http") or (ROOT / name).parent.joinpath(target).exists(), target

@@ -1,0 +1,275 @@
+"""Bad input: one line on stderr, exit code 2, before any training, nothing overwritten."""
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHORT, run_template
+from PIL import Image
+
+FOLDER = ["--data_set=image_folder", "--backbone=resnet20", "--input_size=16", "--num_bases=2",
+          "--increment=1", "--batch_size=4", "--num_epochs=1", "--memory_size=8", "--aa=none",
+          "--no_plots"]
+
+
+@pytest.fixture
+def refused(launch, tmp_path):
+    """Start a run that must be refused; return its one line."""
+    def run(*flags, **options):
+        def files():
+            return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
+                    and path.name not in ("stdout.txt", "stderr.txt", ".lock")}
+
+        before = files()
+        started = launch(*flags, **options)
+        codes = started.wait()
+        error = started.stderr()
+        assert 2 in codes and set(codes) <= {2, -15}, (codes, error)
+        assert error.count("\n") == 1 and error.startswith("error: "), error
+        assert started.stdout() == ""
+        assert files() == before
+        return error
+    return run
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data_set=cifar1000"], "--data_set cifar1000 cifar100"),
+    (["--backbone=resnet33x"], "--backbone resnet33x timm.list_models()"),
+    (["--herding_method=best"], "--herding_method best barycenter"),
+    (["--aa=wild-m9"], "--aa wild-m9 rand-m9-mstd0.5-inc1-mmax9"),
+    (["--aa=rand-m9-mstd0.5-inc1"], "--aa -mmax9"),
+    (["--num_bases=11"], "--num_bases 11 10 classes"),
+    (["--increment=11"], "--increment 11 10 classes"),
+    (["--num_bases=-1"], "--num_bases -1"),
+    (["--increment=0"], "--increment 0"),
+    (["--increment=two"], "--increment two"),
+    (["--memory_size=9"], "--memory_size 9 10 classes"),
+    (["--memory_size=-1"], "--memory_size -1"),
+    (["--batch_size=100000"], "--batch_size 100000"),
+    (["--batch_size=0"], "--batch_size 0"),
+    (["--lr=0"], "--lr 0"),
+    (["--lr=nan"], "--lr nan"),
+    (["--lr=inf"], "--lr inf"),
+    (["--momentum=1"], "--momentum 1"),
+    (["--weight_decay=-0.1"], "--weight_decay -0.1"),
+    (["--lambda_kd=1.5"], "--lambda_kd 1.5"),
+    (["--lambda_kd=nan"], "--lambda_kd nan"),
+    (["--temperature=0"], "--temperature 0"),
+    (["--input_size=4"], "--input_size 4 8x8"),
+    (["--backbone=test_vit", "--input_size=8"], "--backbone test_vit --input_size 8"),
+    (["--pretrained"], "--pretrained"),
+    (["--device=cuda"], "--device cuda"),
+    (["--class_order=nowhere.txt"], "--class_order nowhere.txt"),
+    (["--epochs=3"], "--epochs"),
+    (["--num_epoch=3"], "--num_epoch"),
+    (["--data_set=image_folder", "--data_path=nowhere"], "nowhere train/<class>/*"),
+    (["--data_set=imagenet100"], "data train/<class>/*"),
+])
+def test_flags_that_cannot_be(refused, flags, words):
+    if flags == ["--device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    error = refused(*flags, "--output_dir=run")
+    for word in words.split():
+        assert word in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("order", ["0 1 2", "0 1 2 3 4 5 6 7 8 8", "1 2 3 4 5 6 7 8 9 10", "a b c"])
+def test_class_order_that_is_no_permutation(refused, tmp_path, order):
+    (tmp_path / "order.txt").write_text(order)
+    assert "--class_order order.txt" in refused("--class_order=order.txt")
+
+
+def test_once_for_all_processes(refused):
+    assert "multiple of their number, 3" in refused("--batch_size=32", processes=3)
+    assert "--num_bases 11" in refused("--num_bases=11", processes=2)
+
+
+def test_one_line_of_ours_under_torchrun(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(ROOT / "template.py"), "--lr=-1"], cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0 and done.stderr.count("error: argument --lr") == 1
+    assert "exitcode  : 2" in done.stderr
+
+
+# ---- folders of images ---------------------------------------------------------------------
+
+def test_empty_folder(refused, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+    assert "train" in refused(*FOLDER, f"--data_path={tmp_path / 'images'}")
+
+
+def test_train_without_test(refused, image_folder):
+    folder = image_folder()
+    (folder / "test").rename(folder / "tset")
+    assert "no folder test or val" in refused(*FOLDER, f"--data_path={folder}")
+
+
+def test_class_missing_in_test(refused, image_folder):
+    folder = image_folder()
+    for file in (folder / "test/blue").iterdir():
+        file.unlink()
+    assert "blue" in refused(*FOLDER, f"--data_path={folder}")
+    (folder / "test/blue").rmdir()
+    assert "blue" in refused(*FOLDER, f"--data_path={folder}")
+
+
+def test_class_without_images(refused, image_folder):
+    folder = image_folder()
+    (folder / "train/empty").mkdir()
+    (folder / "test/empty").mkdir()
+    assert "empty" in refused(*FOLDER, f"--data_path={folder}")
+
+
+def test_file_that_is_no_image(refused, image_folder):
+    folder = image_folder()
+    (folder / "train/red/note.png").write_text("not an image")
+    error = refused(*FOLDER, f"--data_path={folder}", processes=2)
+    assert str(folder / "train/red/note.png") in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_image_is_named_when_its_turn_comes(launch, image_folder, workers):
+    folder = image_folder(size=64)
+    file = folder / "train/red/3.png"
+    file.write_bytes(file.read_bytes()[:3000])
+    started = launch(*FOLDER, f"--data_path={folder}", f"--num_workers={workers}")
+    assert started.wait() == [2]
+    assert started.stderr().count("\n") == 1
+    assert started.stderr().startswith(f"error: {file}: OSError: ")
+
+
+def test_unusual_images_and_paths_work(finish, image_folder, tmp_path):
+    """Grey, RGBA, palette and 16-bit images; folders with spaces, umlauts and very long names."""
+    long = "x" * 200
+    folder = image_folder(classes=("grün", "日本 語", long, "plain"), name="bilder öäü " + "y" * 150)
+    draw = np.random.RandomState(1)
+    for split in ("train", "test"):
+        target = folder / split / "plain"
+        grey = draw.randint(0, 256, (20, 24)).astype(np.uint8)
+        Image.fromarray(grey).save(target / "grey.png")
+        Image.fromarray(grey).convert("P").save(target / "palette.png")
+        Image.fromarray(np.repeat(grey[..., None], 4, 2), "RGBA").save(target / "rgba.png")
+        Image.fromarray((grey.astype(np.uint16) * 257)).save(target / "deep.png")
+        Image.fromarray(grey).save(target / "photo.JPEG")
+    import utils
+    deep = np.asarray(utils.open_image(str(target / "deep.png")))
+    assert np.array_equal(deep[..., 0], grey) and deep.shape == (20, 24, 3)
+    assert len(str(folder / "train" / long / "0.png")) > 255
+    (folder / "test").rename(folder / "val")
+    results = finish(*FOLDER, f"--data_path={folder}", "--output_dir=run")
+    assert results["finished"] and set(results["class_names"]) == {"grün", "日本 語", long, "plain"}
+
+
+def test_grey_arrays_from_a_package_work(finish, tmp_path):
+    """MNIST's own files, made here: continuum gives (n, 28, 28) arrays."""
+    from torchvision.datasets import MNIST
+    folder = tmp_path / "files/MNIST/raw"
+    folder.mkdir(parents=True)
+    draw = np.random.RandomState(0)
+    for prefix, count in (("train", 200), ("t10k", 50)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = draw.randint(0, 256, (count, 28, 28)).astype(np.uint8)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            (2049).to_bytes(4, "big") + count.to_bytes(4, "big") + labels.tobytes())
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
+            (2051).to_bytes(4, "big") + count.to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
+            + images.tobytes())
+    assert MNIST(str(tmp_path / "files"), train=True).data.shape == (200, 28, 28)
+    for processes in (1, 2):
+        results = finish("--data_set=mnist", f"--data_path={tmp_path / 'files'}", "--num_epochs=1",
+                         "--backbone=resnet20", "--batch_size=20", "--num_bases=5", "--increment=5",
+                         "--no_plots", f"--output_dir=run{processes}", processes=processes)
+        assert results["finished"] and results["increments"] == [5, 5]
+
+
+# ---- the output directory ------------------------------------------------------------------
+
+def test_output_dir_that_is_a_file(refused, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "--output_dir run" in refused(*SHORT, "--output_dir=run")
+    assert "--output_dir run/deeper" in refused(*SHORT, "--output_dir=run/deeper")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_output_dir_that_cannot_be_written(refused):
+    assert "--output_dir /proc/nothing" in refused(*SHORT, "--output_dir=/proc/nothing")
+
+
+def test_output_dir_with_another_run(refused, finish):
+    finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
+    assert "--resume" in refused(*SHORT, "--output_dir=run")
+    error = refused(*SHORT, "--output_dir=run", "--resume", "--lr=0.05", "--memory_size=20")
+    assert "--lr 0.1 (now 0.05)" in error and "--memory_size 30 (now 20)" in error
+
+
+def test_output_dir_in_use(launch, refused, tmp_path):
+    first = launch("--output_dir=run", folder=tmp_path, env={"RANK": "0"})
+    while first.processes[0].is_alive() and not (tmp_path / "run/log.jsonl").exists():
+        pass
+    second = tmp_path / "second"
+    second.mkdir()
+    started = launch(*SHORT, f"--output_dir={tmp_path / 'run'}", "--resume", folder=second)
+    assert started.wait() == [2]
+    assert "another run is writing there" in started.stderr() and started.stderr().count("\n") == 1
+    assert first.processes[0].is_alive()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "malicious", "empty"])
+def test_bad_checkpoints(refused, finish, tmp_path, kind):
+    finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
+    file = tmp_path / "run/checkpoint.pt"
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:20_000])
+    elif kind == "foreign":
+        torch.save({"state_dict": {"weight": torch.zeros(3)}}, file)
+    elif kind == "malicious":
+        file.write_bytes(pickle.dumps(Malicious()))
+    else:
+        file.write_bytes(b"")
+    assert "run/checkpoint.pt" in refused(*SHORT, "--output_dir=run", "--resume")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_loss_that_becomes_nan(launch, tmp_path):
+    started = launch(*SHORT, "--output_dir=run", "--lr=1e12", "--num_epochs=9")
+    assert started.wait() == [2]
+    error = started.stderr()
+    assert error.count("\n") == 1 and "task 1, epoch" in error and "--lr 1000000000000.0" in error
+    log = tmp_path / "run/log.jsonl"
+    if log.exists():  # the checkpoint is of the last good epoch
+        last = json.loads(log.read_text().splitlines()[-1])
+        saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+        assert np.isfinite(last["loss"]) and saved["epoch"] == last["epoch"] - 1
+
+
+def limited(flags, size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # what a full disk looks like
+    run_template(flags)
+
+
+def test_disk_full(launch, finish, tmp_path):
+    finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    flags = [*SHORT, "--output_dir=run", "--resume"]
+    started = launch(function=limited, arguments=(flags, 300_000))
+    assert started.wait() == [2]
+    assert "checkpoint.pt could not be written" in started.stderr()
+    assert started.stderr().count("\n") == 1
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.part"))
+    results = finish(*SHORT, "--output_dir=run", "--resume")  # with room again it goes on
+    assert results["finished"]
