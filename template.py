@@ -6,15 +6,15 @@ Class Incremental Learning" (Zhao et al., CVPR 2020, arXiv 1911.07053).
     torchrun --nproc_per_node=4 template.py --data_set cifar100 --data_path DIR --amp bf16
 """
 # The idea. Classes arrive in tasks. After each task the model is tested on all classes so far,
-# but of the old classes only a few images, the exemplars, may be kept. A network that simply
-# trains on forgets the old classes at once. WA does three things against that:
-#   1. it replays exemplars, chosen by herding             (update_memory)
+# but of the old classes only a few images, the exemplars, may be kept. A network that is just
+# trained further forgets the old classes at once. WA does three things against that:
+#   1. it replays exemplars, chosen by herding             (update_memory, and join in main)
 #   2. it distils the old model's answers into the new one (compute_loss)
 #   3. it aligns the classifier's weights after training   (finish_task)
-# Read `main` at the bottom first: it is the life of a model. The steps that it calls are methods
-# of CilTrainer, in the order of their use; CilModel above it is the network that grows.
-# To try an idea of your own, copy this file and edit it, or subclass CilTrainer and override one
-# of its steps. Flags, data, processes, checkpoints and plots are in utils.py.
+# Read `main` at the bottom first: it is the whole run. The steps that it calls are methods of
+# CilTrainer, in the order of their use; CilModel above it is the network that grows.
+# To try an idea of your own, copy this file and edit it, or subclass CilTrainer, override one of
+# its steps and call main(args, MyTrainer). Flags, data, processes and files are in utils.py.
 import copy
 
 import timm
@@ -31,8 +31,8 @@ class CilClassifier(nn.Module):
     def __init__(self, embed_dim):
         super().__init__()
         self.embed_dim = embed_dim
-        # Side by side the heads are one linear layer that grows. The row w_c of all their
-        # weights is the prototype of class c, and its logit is <w_c, phi(x)> + b_c.
+        # Side by side the heads are one linear layer that grows. Row w_c of its weights is called
+        # the prototype of class c; the logit of c is <w_c, phi(x)> + b_c.
         self.heads = nn.ModuleList()
 
     def expand(self, nb_classes):
@@ -50,13 +50,13 @@ class CilModel(nn.Module):
 
     def __init__(self, backbone):
         super().__init__()
-        named = isinstance(backbone, str)
+        named = isinstance(backbone, str)  # the trainer passes a module, made from --backbone
         self.backbone = timm.create_model(backbone, num_classes=0) if named else backbone
         self.fc = CilClassifier(self.backbone.num_features)
 
     def forward(self, images):
         features = self.backbone(images)  # (batch, embed_dim)
-        return self.fc(features), features  # logits: (batch, known + new)
+        return self.fc(features), features  # logits: (batch, known + new), old and new classes
 
     def expand(self, nb_classes):
         self.fc.expand(nb_classes)
@@ -70,21 +70,21 @@ class CilModel(nn.Module):
 
     @torch.no_grad()
     def align_weights(self, nb_new):
-        """Scale the newest nb_new prototypes by gamma = mean |w_old| / mean |w_new|; return it."""
+        """Scale the newest prototypes by gamma = mean |w_old| / mean |w_new|, and return gamma."""
         # New classes had many more images, so their prototypes grew longer, and with them their
         # logits: old images are taken for new classes. One common factor takes that advantage
-        # away and leaves the order among the new classes as it was learned.
+        # away and leaves the new classes as they are among themselves.
         norms = torch.cat([head.weight for head in self.fc.heads]).norm(dim=1)  # (known + new,)
         gamma = norms[:-nb_new].mean() / norms[-nb_new:].mean()
-        # Only weights: the argument is about |w|, and the biases are too small to matter. The
-        # paper also clips w at 0 in every step; on digits that gained nothing, so we do not.
+        # Biases stay: the argument is about |w|, and without any bias digits came out the same.
+        # The paper also clips w at 0 after every step; on digits that did great harm.
         self.fc.heads[-1].weight *= gamma
         return float(gamma)
 
 
 def knowledge_distillation(logits, teacher_logits, temperature):
     """KL divergence between softened teacher and student, (batch, known) each; batch mean."""
-    # The gradient is that of the cross-entropy in the paper; this form is 0 where both agree.
+    # The paper's cross-entropy minus a constant: same gradient, and 0 where both agree.
     return F.kl_div(F.log_softmax(logits / temperature, dim=1),
                     F.softmax(teacher_logits / temperature, dim=1), reduction="batchmean")
 
@@ -97,8 +97,9 @@ class CilTrainer:
     def __init__(self, args):
         self.args = args
         self.model = self.model_class(utils.create_backbone(args))
-        # The frozen model of the task before; an ImageSet per known class with the most important
-        # image first; the number of classes of all tasks before this one.
+        # teacher: the frozen model of the task before. exemplars: an ImageSet for each known class,
+        # the most important image first. known_classes: their number, without this task's.
+        # `main` adds: run (files and checkpoints), task (its number), nb_new (its classes).
         self.teacher, self.exemplars, self.known_classes = None, [], 0
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
 
@@ -113,7 +114,7 @@ class CilTrainer:
         self.fit(train_set, self.model.parameters(), self.args.num_epochs, self.args.lr)
 
     def fit(self, train_set, parameters, num_epochs, lr):
-        """SGD with a cosine schedule on these parameters; a task may do it more than once."""
+        """SGD with a cosine schedule on these parameters; a task may call fit more than once."""
         # --batch_size counts the images of all ranks together, so the learning rate fits for
         # every number of ranks. A new task starts with a fresh optimizer and its full rate.
         loader = utils.train_loader(train_set, self.args)
@@ -122,8 +123,9 @@ class CilTrainer:
         # Every rank holds the whole model. DDP averages the gradients during backward, so all
         # ranks take the same step. `self.model` is the same network without that wrapper.
         self.parallel_model = utils.distribute(self.model, self.args)
-        # All that is random in an epoch follows from (seed, task, stage, epoch, rank). So a run
-        # that was killed goes on here, after its last checkpoint, as if nothing had happened.
+        # All that is random in an epoch follows from (seed, task, stage, epoch, rank), where stage
+        # counts the fits of a task. So a killed run goes on here, after its last checkpoint, as
+        # if nothing had happened.
         for self.epoch in self.run.epochs(self, loader, optimizer, scheduler, num_epochs):
             averages = self.train_epoch(loader, optimizer)
             scheduler.step()
@@ -156,8 +158,8 @@ class CilTrainer:
         weight = dynamic if self.args.lambda_kd == "dynamic" else self.args.lambda_kd
         if self.teacher is not None and weight > 0:
             soft, _ = self.teacher(images)  # (batch, known); frozen, so no graph is kept
-            # Without the factor T^2 of other papers: WA has none, and it would make KD four
-            # times as strong at T = 2, which on digits held the new classes down.
+            # No factor T^2, unlike in other papers: WA has none. At T = 2 it would make KD four
+            # times as strong, and on digits the new classes suffered.
             kd = knowledge_distillation(logits[:, :self.known_classes], soft, self.args.temperature)
             loss = (1 - weight) * loss + weight * kd
         return loss, logits
@@ -169,8 +171,8 @@ class CilTrainer:
         # Exemplars are kept in the order of their choice, so the first m are the best m.
         self.exemplars = [images.select(slice(m)) for images in self.exemplars[:self.known_classes]]
         # Each rank computes the features of a share of the clean images and gets those of all,
-        # so all ranks choose the same exemplars. From augmented images each would choose its own,
-        # and the memory would silently hold several times its size.
+        # so all ranks keep the same exemplars. From augmented images each rank would choose its
+        # own, and together they would silently replay several times --memory_size.
         self.exemplars += utils.select_exemplars(self.model, new_data, m, self.args)
 
     def finish_task(self):
@@ -180,14 +182,15 @@ class CilTrainer:
 
     def predict(self, images):
         """Scores of all classes so far, (batch, known + new); the largest is the answer."""
-        # The bare model: ranks have different numbers of test images, and DDP would wait.
+        # The bare model: no gradients here, so nothing for DDP to average.
         return self.model(images)[0]
 
 
 def main(args, Trainer=CilTrainer):
     """Learn the tasks one after the other; every rank runs this loop, in step with the others."""
     utils.setup(args)
-    # continuum: item t holds the images of task t, labelled in the order of learning.
+    # From the package continuum: train_scenario[t] holds the images of task t, and a label is the
+    # position of its class in the order of learning.
     train_scenario, test_scenario = utils.build_scenarios(args)
     trainer = Trainer(args)
     run = trainer.run = utils.Run(trainer, train_scenario, test_scenario)
@@ -198,12 +201,12 @@ def main(args, Trainer=CilTrainer):
         # shape; the weights of the checkpoint are loaded at the task that was under way.
         if run.reached(trainer):
             trainer.train_task(new_data.join(trainer.exemplars))
-            # Memory first: a method that classifies by class means computes them from exemplars.
+            # Memory first, so that a method can use this task's exemplars in finish_task.
             trainer.update_memory(new_data)
             trainer.finish_task()
-            # On the test images of all tasks so far, and without being told the task.
+            # On the test images of all tasks so far.
             run.end_task(trainer, utils.evaluate(trainer))
-        # From now on these classes are old: the aligned model is what the next one must answer.
+        # From now on these classes are old: the next model is to imitate this, aligned, one.
         trainer.teacher = trainer.model.copy().freeze()
         trainer.known_classes += trainer.nb_new
     run.finish(trainer)

@@ -7,6 +7,7 @@ Nothing in here knows a method: the model, the loss and the loop are in template
 """
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -50,7 +51,7 @@ PRESETS = {
     # 1,797 scans of 8x8 pixels that scikit-learn carries. With so few steps per task the dynamic
     # lambda (0.67 to 0.8) would starve the new classes.
     "digits": dict(num_bases=4, increment=2, backbone="resnet20", input_size=8, batch_size=32,
-                   num_epochs=40, memory_size=30, lambda_kd=0.3, aa="none"),
+                   num_epochs=40, memory_size=30, lambda_kd=0.4, aa="none"),
     "cifar100": dict(num_bases=50),  # the recipe of the paper and of most tables
     "cifar10": dict(increment=2),
     "mnist": dict(increment=2, input_size=28, num_epochs=30, aa="none"),
@@ -152,7 +153,7 @@ def get_parser():
     add = parser.add_argument_group("machine and run").add_argument
     add("--amp", default="none", choices=["none", "bf16", "fp16"], help="mixed precision (none)")
     add("--compile", action="store_true", help="use torch.compile")
-    add("--device", choices=["cuda", "cpu", "mps"], help="(cuda if there is one, else cpu)")
+    add("--device", choices=["cuda", "cpu"], help="(cuda if there is one, else cpu)")
     add("--num_workers", type=count, help="loading processes per training process")
     add("--eval_every_epoch", type=count, default=0, help="log test accuracy every N epochs (0: no)")
     add("--output_dir", help="(runs/<method>_<data_set>_b<bases>_inc<increment>_seed<seed>_<time>)")
@@ -162,6 +163,10 @@ def get_parser():
     add("--no_plots", dest="plots", action="store_false")
     return parser
 
+
+# ---------------------------------------------------------------------------------------------
+# 2. Processes, devices, seeds
+# ---------------------------------------------------------------------------------------------
 
 def setup(args):
     """Fill in the preset, check every flag, and join the processes of the launch.
@@ -173,9 +178,10 @@ def setup(args):
     for name, value in {**COMMON, **PRESETS[args.data_set]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
     if args.num_workers is None:  # tiny images cost less to load than to pass between processes
-        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.num_workers = min(8, os.cpu_count() // per_machine) if args.input_size > 16 else 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.num_workers = min(8, cores // here) if args.input_size > 16 else 0
     args.config = dict(vars(args))  # what a checkpoint and results.json remember
     world_size = world_info_from_env()[2]
     if args.batch_size % world_size:
@@ -192,19 +198,16 @@ def setup(args):
     except Exception as error:
         fail(f"--aa {args.aa} is no auto-augment string of timm ({type(error).__name__} {error}): "
              "try rand-m9-mstd0.5-inc1-mmax9, or none")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch finds no CUDA device; leave the flag out to run on the CPU")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count()
+    if args.device == "cuda" and gpus < here:
+        fail(f"--device cuda: {here} processes on this machine, but torch finds {gpus} CUDA devices")
+    args.device = args.device or ("cuda" if gpus >= here else "cpu")
     args.device = timm.utils.init_distributed_device(args)
     torch.backends.cudnn.benchmark = True
     set_seed(args.seed)  # the same first weights on every rank
-    # torchrun --max-restarts starts the same command again: go on where the last start ended.
-    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if args.rank == 0 and args.device.type == "cpu" and gpus:
+        print(f"note: {here} processes share {gpus} GPU(s), so all run on the CPU", file=sys.stderr)
 
-
-# ---------------------------------------------------------------------------------------------
-# 2. Processes, devices, seeds
-# ---------------------------------------------------------------------------------------------
 
 def set_seed(*numbers, rank=0):
     """Seed python, numpy and torch from numbers such as (seed, task, stage, epoch), apart by
@@ -686,7 +689,9 @@ class Run:
     def __init__(self, trainer, scenario, test_scenario):
         args, self.test_scenario = trainer.args, test_scenario
         self.args = args
-        method = type(trainer).__name__.replace("CilTrainer", "WA")
+        method = type(trainer).__name__
+        if method == "CilTrainer":  # WA itself, or a copy of template.py, which goes by its name
+            method = Path(inspect.getfile(type(trainer))).stem.replace("template", "WA")
         cuda = args.device.type == "cuda"
         self.start, self.images, self.train_seconds, self.saved = time.time(), 0, 0.0, {}
         self.results = {
@@ -709,9 +714,9 @@ class Run:
         args = self.args
         name = f"{method}_{args.data_set}_b{args.num_bases}_inc{args.increment}_seed{args.seed}_"
         self.dir = Path(args.output_dir or f"runs/{name}{time.strftime('%Y%m%d-%H%M%S')}")
-        if args.resume and not args.output_dir:  # the newest run of this kind, if there is one
-            self.dir = max((file.parent for file in Path("runs").glob(f"{name}*/checkpoint.pt")),
-                           default=self.dir)
+        if not args.output_dir:  # the newest run of this kind that may be continued, if any
+            self.dir = max((file.parent for file in Path("runs").glob(f"{name}*/checkpoint.pt")
+                            if self.may_continue(file.parent)), default=self.dir)
         self.lock = filelock.FileLock(self.dir / ".lock")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -721,9 +726,10 @@ class Run:
         except OSError as error:
             fail(f"--output_dir {self.dir}: not a directory that can be written ({error.strerror})")
         found = [n for n in ("checkpoint.pt", "results.json", "log.jsonl") if (self.dir / n).exists()]
-        if found and not args.resume:
+        if found and not self.may_continue(self.dir):
             fail(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to continue that "
                  "run, or name another directory")
+        write_file(self.dir / ".launch", str(os.getppid()).encode())
         if "checkpoint.pt" in found:
             self.load(self.dir / "checkpoint.pt")
         if "log.jsonl" in found:  # lines after the last checkpoint will come again
@@ -731,6 +737,13 @@ class Run:
             kept = [line for line in (self.dir / "log.jsonl").read_text().splitlines(keepends=True)
                     if line.endswith("}\n") and list(json.loads(line).values())[:3] <= last]
             write_file(self.dir / "log.jsonl", "".join(kept).encode())
+
+    def may_continue(self, folder):
+        """With --resume, or when torchrun --max-restarts has started the very launch again that
+        wrote into this folder: then its agent, our parent process, is still the same."""
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / ".launch").exists():
+            return self.args.resume or (folder / ".launch").read_text() == str(os.getppid())
+        return self.args.resume
 
     def load(self, path):
         try:  # weights_only: a checkpoint from a stranger runs no code
@@ -878,7 +891,8 @@ def plot_accuracy(results, path):
     axes, matrix = figure.subplots(), results["accuracy_matrix"]
     tasks = range(1, len(matrix) + 1)
     for u in range(len(matrix)):
-        axes.plot(tasks[u:], [row[u] for row in matrix[u:]], "o-", lw=1, ms=3, label=f"task {u + 1}")
+        label = f"task {u + 1}" if len(matrix) <= 12 else None
+        axes.plot(tasks[u:], [row[u] for row in matrix[u:]], "o-", lw=1, ms=3, label=label)
     axes.plot(tasks, results["acc1s"], "ks-", lw=2, label="all tasks so far")
     axes.set(xlabel="tasks learned", ylabel="test accuracy (%)", ylim=(0, 102), xticks=tasks,
              title=f"{results['method']} on {results['args']['data_set']}: average incremental "

@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the bit is a promise for the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, and the same sums in every run
 
 CONTEXT = multiprocessing.get_context("forkserver")

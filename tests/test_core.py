@@ -405,6 +405,7 @@ def test_size_and_comments_of_the_template():
     assert code <= 110
     assert 0.5 <= comments / code and (comments + documentation) / code <= 0.8
     assert max(map(len, (ROOT / "template.py").read_text().splitlines())) <= 100
+    assert f"in {code} commented lines of code" in (ROOT / "README.md").read_text()
 
 
 def test_the_template_is_complete_and_names_no_other_method():

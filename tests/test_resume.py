@@ -143,3 +143,43 @@ def test_killed_worker_under_torchrun_max_restarts(finish, tmp_path):
     assert torchrun.returncode == 0, output
     assert read_results(tmp_path / "run") == expected
     assert same_model(tmp_path / "run", tmp_path / "expected")
+
+
+def test_a_restart_does_not_continue_a_stranger(launch, finish, tmp_path):
+    """torchrun also restarts a launch that was refused; that must not unlock an older run."""
+    finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    started = launch(*SHORT, "--output_dir=run", env={"TORCHELASTIC_RESTART_COUNT": "1"},
+                     function=in_another_parent)
+    assert started.wait() == [2] and "pass --resume" in started.stderr()
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    finish(*SHORT, env={"TORCHELASTIC_RESTART_COUNT": "1"}, function=in_another_parent)
+    assert len(list((tmp_path / "runs").iterdir())) == 1  # nothing to continue: a new run
+
+
+def in_another_parent(flags):
+    """The template in a child of this process, as under an agent of its own."""
+    pid = os.fork()
+    if not pid:
+        from conftest import run_template
+        code = 1
+        try:
+            run_template(flags)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def test_a_copy_goes_by_its_own_name(tmp_path):
+    for name in ("template", "utils", "resnet"):
+        target = "mine" if name == "template" else name
+        (tmp_path / f"{target}.py").write_text((ROOT / f"{name}.py").read_text())
+    done = subprocess.run([sys.executable, "mine.py", *SHORT, "--stop_after_task=1"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    run, = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("mine_digits_") and read_results(run)["method"] == "mine"
