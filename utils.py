@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import sys
@@ -82,15 +83,14 @@ class InputError(Exception):
 def fail(message, any_rank=False):
     """End the launch with one line on stderr and exit code 2.
 
-    Rank 0 speaks for all, because bad input is bad on every rank; `any_rank` is for what one
-    rank alone can see. A silent rank waits to be ended by torchrun: if it left first, torchrun
-    would end rank 0 in the middle of its line.
+    Rank 0 speaks for all, because bad input is mostly bad on every rank; `any_rank` is for what
+    one rank alone has seen. The others wait for torchrun to end them: if one left first, torchrun
+    would end rank 0 in the middle of its line. If nobody ends them, they speak up themselves.
     """
-    if world_info_from_env()[1] == 0 or any_rank:
-        tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-        sys.stderr.flush()
-    else:
+    if world_info_from_env()[1] and not any_rank:
         time.sleep(60)
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.stderr.flush()
     sys.exit(2)
 
 
@@ -126,7 +126,7 @@ def get_parser():
     add("--class_order", default="default", help="default: numpy's permutation for seed 1993; "
         "seed: a permutation drawn from --seed; or a file with the class numbers in order")
     add("--input_size", type=natural, help="side of the square images, in pixels")
-    add("--color_jitter", type=number(0), default=0.0, help="of brightness, contrast, saturation")
+    add("--color_jitter", type=share, default=0.0, help="strength; without --aa only (0)")
     add("--aa", help="timm auto-augment string, such as rand-m9-mstd0.5-inc1-mmax9, or none")
     add("--reprob", type=share, default=0.0, help="probability of random erasing (0)")
     add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="erase with (pixel)")
@@ -155,7 +155,7 @@ def get_parser():
     add("--compile", action="store_true", help="use torch.compile")
     add("--device", choices=["cuda", "cpu"], help="(cuda if there is one, else cpu)")
     add("--num_workers", type=count, help="loading processes per training process")
-    add("--eval_every_epoch", type=count, default=0, help="log test accuracy every N epochs (0: no)")
+    add("--eval_every_epoch", type=count, default=0, help="log test accuracy every N epochs (0)")
     add("--output_dir", help="(runs/<method>_<data_set>_b<bases>_inc<increment>_seed<seed>_<time>)")
     add("--resume", action="store_true", help="continue the run in --output_dir, if there is one")
     add("--stop_after_task", type=count, default=0, help="stop after N tasks; --resume goes on")
@@ -191,8 +191,9 @@ def setup(args):
         near = timm.list_models(f"*{args.backbone.split('_')[0]}*")[:4]
         fail(f"unknown --backbone {args.backbone}: any name in timm.list_models() works"
              + ", such as " * bool(near) + ", ".join(near))
-    if re.search("^rand.*inc1", args.aa) and "mmax" not in args.aa:
-        fail(f"--aa {args.aa} reaches strengths at which Pillow 13 fails: append -mmax9")
+    # Strengths above 9 ask Pillow to posterize to 0 bits, which Pillow 13 refuses.
+    if re.search(r"^v0|^rand(?=.*inc1)(?=.*(mstd|m10))(?!.*mmax\d(\D|$))", args.aa):
+        fail(f"--aa {args.aa} fails on some images: use rand-m9-mstd0.5-inc1-mmax9")
     try:
         build_transform(args, train=True)
     except Exception as error:
@@ -200,19 +201,25 @@ def setup(args):
              "try rand-m9-mstd0.5-inc1-mmax9, or none")
     gpus = torch.cuda.device_count()
     if args.device == "cuda" and gpus < here:
-        fail(f"--device cuda: {here} processes on this machine, but torch finds {gpus} CUDA devices")
+        fail(f"--device cuda: {here} processes on this machine, but torch finds {gpus} GPUs")
     args.device = args.device or ("cuda" if gpus >= here else "cpu")
-    args.device = timm.utils.init_distributed_device(args)
+    try:
+        args.device = timm.utils.init_distributed_device(args)
+    except (ValueError, RuntimeError) as error:
+        fail(f"the processes could not join ({error}): start them with torchrun; inside a SLURM "
+             "allocation, unset SLURM_NTASKS to run plain python")
+    if args.rank == 0 and 0 < gpus < here:
+        print(f"note: {here} processes on {gpus} GPU(s), so they run on the CPU", file=sys.stderr)
+    if args.distributed:  # who only lost its peers is ended by torchrun before it complains
+        sys.excepthook = lambda *error: (time.sleep(10), sys.__excepthook__(*error))
     torch.backends.cudnn.benchmark = True
     set_seed(args.seed)  # the same first weights on every rank
-    if args.rank == 0 and args.device.type == "cpu" and gpus:
-        print(f"note: {here} processes share {gpus} GPU(s), so all run on the CPU", file=sys.stderr)
 
 
 def set_seed(*numbers, rank=0):
     """Seed python, numpy and torch from numbers such as (seed, task, stage, epoch), apart by
     rank; return the number drawn from them. So no generator's state needs to be saved."""
-    drawn = int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
+    drawn = int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0]) >> 1
     timm.utils.random_seed(drawn, rank)
     return drawn
 
@@ -246,15 +253,6 @@ def load_digits():
     return [(train_x, train_y), (test_x, test_y)]
 
 
-def find_broken(paths):
-    """The first path whose header is not that of an image, with the reason; or None."""
-    for path in paths:
-        try:
-            Image.open(path).close()
-        except Exception as error:
-            return f"{path} ({type(error).__name__})"
-
-
 def load_folder(args):
     """DIR/train/<class>/* and DIR/{test,val}/<class>/*: [(paths, labels) of train, of test], names.
 
@@ -262,15 +260,18 @@ def load_folder(args):
     """
     root, splits, classes = Path(args.data_path), [], []
     for names in (["train"], ["test", "val"]):
-        folder = next((root / name for name in names if (root / name).is_dir()), None)
-        if folder is None:
+        folders = [root / name for name in names if (root / name).is_dir()]
+        if not folders:
             fail(f"{root} has no folder {' or '.join(names)}: --data_path takes a folder with "
                  "train/<class>/* and test/<class>/* (or val)")
+        # Some data sets have a test folder without classes beside val: the fuller one counts.
+        folder = max(folders, key=lambda folder: sum(path.is_dir() for path in folder.iterdir()))
         try:
             images = ImageFolder(str(folder))
-        except FileNotFoundError as error:  # no class at all, or a class without an image
+        except OSError as error:  # no class at all, a class without an image, no permission
             fail(f"{folder}: {error}")
-        splits.append((np.array([path for path, _ in images.samples]), np.array(images.targets)))
+        paths = np.array([path for path, _ in images.samples], dtype=object)
+        splits.append((paths, np.array(images.targets)))
         classes.append(images.classes)
     if classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))
@@ -282,12 +283,16 @@ def load_folder(args):
         classes[0] = [classes[0][i] for i in keep]
     paths = np.concatenate([x for x, _ in splits])
     if len(paths) <= 100_000:  # seconds; of more images, a broken one is named when its turn comes
-        broken = [find_broken(paths[args.rank::args.world_size])]
+        broken = [None] * args.world_size
+        for path in paths[args.rank::args.world_size]:
+            try:
+                Image.open(path).close()
+            except Exception as error:
+                broken[args.rank] = f"{path}: no image ({type(error).__name__}); mend or remove it"
         if args.distributed:  # every rank looks at a share, all hear the outcome
-            broken *= args.world_size
-            dist.all_gather_object(broken, broken[0])
-        for text in filter(None, broken):
-            fail(f"{text}: no image that can be read; mend or remove this file")
+            dist.all_gather_object(broken, broken[args.rank])
+        if any(broken):
+            fail(next(filter(None, broken)))
     return splits, classes[0]
 
 
@@ -296,8 +301,7 @@ def load_data(args):
     if args.data_set == "digits":
         return load_digits(), [str(i) for i in range(10)]
     source = dict(cifar100="CIFAR100", cifar10="CIFAR10", mnist="MNIST", svhn="SVHN",
-                  fashion_mnist="FashionMNIST", tiny_imagenet="TinyImageNet200",
-                  cub200="CUB200").get(args.data_set)
+                  fashion_mnist="FashionMNIST").get(args.data_set)
     if source is None or (Path(args.data_path) / "train").is_dir():
         return load_folder(args)
     try:
@@ -323,9 +327,10 @@ def get_class_order(args, nb_classes):
         seed = 1993 if args.class_order == "default" else args.seed
         return np.random.RandomState(seed).permutation(nb_classes).tolist()
     try:
-        order = [int(word) for word in re.findall(r"[^\s,\[\]]+", Path(args.class_order).read_text())]
+        text = Path(args.class_order).read_text()
+        order = [int(word) for word in re.findall(r"[^\s,\[\]]+", text)]
     except (OSError, ValueError) as error:
-        fail(f"--class_order {args.class_order}: default, seed, or a file of class numbers ({error})")
+        fail(f"--class_order {args.class_order}: default, seed, or a file of numbers ({error})")
     if sorted(order) != list(range(nb_classes)):
         fail(f"--class_order {args.class_order}: must hold each of 0 to {nb_classes - 1} once")
     return order
@@ -354,7 +359,7 @@ def build_scenarios(args):
         scenarios[-1].class_names = [class_names[i] for i in order]
     smallest = min(len(taskset) for taskset in scenarios[0])
     if smallest < args.batch_size:
-        fail(f"--batch_size {args.batch_size} is more than the {smallest} images of the smallest task")
+        fail(f"--batch_size {args.batch_size}: the smallest task has {smallest} images only")
     return scenarios
 
 
@@ -383,7 +388,7 @@ def open_image(source):
         return Image.fromarray(source)
     image = Image.open(source)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -405,6 +410,7 @@ class ImageSet(Dataset):
 
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, None)
+        before = torch.get_rng_state()  # dropout must not depend on where images are loaded
         if seed is not None:  # the three generators that transforms draw from
             random.seed(seed)
             np.random.seed(seed)
@@ -415,8 +421,10 @@ class ImageSet(Dataset):
             image = self.clean(image) if seed is None else self.augment(image)
         except Exception as error:
             name = source if isinstance(source, str) else f"image {index}"
-            raise InputError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}; mend "
-                             f"or remove the image, or change --aa {self.args.aa}") from None
+            text = " ".join(str(error).split())
+            raise InputError(f"{name}: {type(error).__name__}: {text}; mend or remove the image, "
+                             f"or change --aa {self.args.aa}") from None
+        torch.set_rng_state(before)
         return image, int(self.y[index])
 
     def select(self, rows):
@@ -448,8 +456,9 @@ def train_loader(train_set, args):
     """Batches of batch_size / N images per rank. The incomplete last batch is left out, so the
     global batches hold the same images for every number N of processes."""
     sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
-    return DataLoader(train_set, args.batch_size // args.world_size, sampler=sampler, drop_last=True,
-                      num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
+    return DataLoader(train_set, args.batch_size // args.world_size, sampler=sampler,
+                      drop_last=True, num_workers=args.num_workers,
+                      persistent_workers=args.num_workers > 0,
                       pin_memory=args.device.type == "cuda")
 
 
@@ -487,12 +496,14 @@ def create_backbone(args):
             backbone = timm.create_model(args.backbone, img_size=args.input_size, **options)
         except TypeError:
             backbone = timm.create_model(args.backbone, **options)
-        with torch.no_grad():
-            features = backbone.eval()(torch.zeros(2, 3, args.input_size, args.input_size))
+        features = backbone.eval()(torch.zeros(2, 3, args.input_size, args.input_size))
     except Exception as error:
         fail(f"--backbone {args.backbone} --input_size {args.input_size}"
              f"{' --pretrained' * args.pretrained}: {str(error)[:300]}")
     backbone.num_features = features.shape[1]  # what comes out; some models announce another
+    features.sum().backward()  # DDP waits for every gradient: leave out what is never used
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(parameter.grad is not None).grad = None
     if args.distributed and args.device.type == "cuda":
         backbone = timm.layers.convert_sync_batchnorm(backbone)
     return backbone.to(args.device, memory_format=torch.channels_last)
@@ -509,7 +520,10 @@ def distribute(model, args):
         warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
         model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=on_gpu, broadcast_buffers=False)
-    return torch.compile(model) if args.compile else model
+    if args.compile:
+        torch.compiler.reset()  # the model has grown: forget the compiled one
+        model = torch.compile(model)
+    return model
 
 
 class Meter:
@@ -614,32 +628,28 @@ def evaluate(trainer):
     """
     args, increments = trainer.args, trainer.run.increments[:trainer.task + 1]
     test_set = ImageSet(trainer.run.test_scenario[:trainer.task + 1], args)
-    total, device = sum(increments), args.device
-    task_of = torch.arange(len(increments)).repeat_interleave(torch.tensor(increments)).to(device)
-    confusion = torch.zeros(total, total, dtype=torch.int64, device=device)
-    hits = torch.zeros(2, total, dtype=torch.int64, device=device)  # by class: top 5, task-aware
+    total = sum(increments)
+    task_of = torch.arange(len(increments)).repeat_interleave(torch.tensor(increments))
+    task_of, rows = task_of.to(args.device), [torch.zeros(0, 4, dtype=int, device=args.device)]
     trainer.model.eval()
     for images, targets in clean_batches(test_set, args):
         with autocast(args):
             logits = trainer.predict(images).float()  # (batch, total)
-        one = torch.ones_like(targets)
-        confusion.index_put_((targets, logits.argmax(dim=1)), one, accumulate=True)
         top5 = (logits.topk(min(5, total)).indices == targets[:, None]).any(dim=1)
-        in_task = logits.masked_fill(task_of[targets][:, None] != task_of, -math.inf)
-        for row, hit in enumerate((top5, in_task.argmax(dim=1) == targets)):
-            hits[row].index_put_((targets,), hit.long(), accumulate=True)
-    if args.distributed:
-        dist.all_reduce(confusion)
-        dist.all_reduce(hits)
-    images = confusion.sum(dim=1)  # of each class
+        in_task = logits.masked_fill(task_of[targets][:, None] != task_of, -math.inf).argmax(dim=1)
+        rows.append(torch.stack([targets, logits.argmax(dim=1), top5, in_task == targets], dim=1))
+    rows = gather(torch.cat(rows), len(test_set), args).cpu().numpy()
+    true, predicted, top5, in_task = rows.T  # (test images,) each, the same on every rank
+    confusion, task = np.zeros((total, total), dtype=int), task_of.cpu().numpy()[true]
+    np.add.at(confusion, (true, predicted), 1)
 
-    def percent(counts):
-        return [100 * int(c.sum()) / int(n.sum())
-                for c, n in zip(counts.split(increments), images.split(increments))]
+    def percent(hits):
+        return float(100 * hits.mean())
 
-    return {"acc1": 100 * int(confusion.diag().sum()) / int(images.sum()),
-            "acc5": 100 * int(hits[0].sum()) / int(images.sum()),
-            "accuracy": percent(confusion.diag()), "task_aware": percent(hits[1]),
+    tasks = range(len(increments))
+    return {"acc1": percent(predicted == true), "acc5": percent(top5),
+            "accuracy": [percent((predicted == true)[task == u]) for u in tasks],
+            "task_aware": [percent(in_task[task == u]) for u in tasks],
             "confusion": confusion.tolist()}
 
 
@@ -669,13 +679,18 @@ def write_file(path, data):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        fail(f"{path} could not be written ({error.strerror}); what was there before is still whole")
+        fail(f"{path} could not be written ({error.strerror}); the file of before is still whole")
 
 
 def write_tensors(path, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getvalue())
+
+
+def launch_name():
+    """The same for all starts of one launch: torchrun's agent, our parent, outlives its workers."""
+    return f"{platform.node()} {os.getppid()}"
 
 
 class Run:
@@ -691,9 +706,11 @@ class Run:
         self.args = args
         method = type(trainer).__name__
         if method == "CilTrainer":  # WA itself, or a copy of template.py, which goes by its name
-            method = Path(inspect.getfile(type(trainer))).stem.replace("template", "WA")
+            file = Path(inspect.getfile(type(trainer))).stem
+            method = "WA" if file == "template" else file
         cuda = args.device.type == "cuda"
         self.start, self.images, self.train_seconds, self.saved = time.time(), 0, 0.0, {}
+        self.log = []
         self.results = {
             "method": method, "args": args.config, "increments": list(scenario.increments),
             "class_order": [int(c) for c in scenario.class_order],
@@ -720,49 +737,51 @@ class Run:
         self.lock = filelock.FileLock(self.dir / ".lock")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)  # the system frees it when this process ends, however
+            self.lock.acquire(timeout=6)  # freed by the system at our end; workers follow in 5 s
         except filelock.Timeout:
             fail(f"--output_dir {self.dir}: another run is writing there")
         except OSError as error:
             fail(f"--output_dir {self.dir}: not a directory that can be written ({error.strerror})")
-        found = [n for n in ("checkpoint.pt", "results.json", "log.jsonl") if (self.dir / n).exists()]
+        found = [name for name in ("checkpoint.pt", "results.json", "log.jsonl", "model.pt")
+                 if (self.dir / name).exists()]
         if found and not self.may_continue(self.dir):
-            fail(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to continue that "
-                 "run, or name another directory")
-        write_file(self.dir / ".launch", str(os.getppid()).encode())
-        if "checkpoint.pt" in found:
+            fail(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to continue "
+                 "that run, or name another directory")
+        if found and found[0] != "checkpoint.pt":
+            fail(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on from; name "
+                 "another --output_dir")
+        if found:
             self.load(self.dir / "checkpoint.pt")
-        if "log.jsonl" in found:  # lines after the last checkpoint will come again
-            last = [self.saved.get(key, -1) + 1 for key in ("task", "stage", "epoch")]
-            kept = [line for line in (self.dir / "log.jsonl").read_text().splitlines(keepends=True)
-                    if line.endswith("}\n") and list(json.loads(line).values())[:3] <= last]
-            write_file(self.dir / "log.jsonl", "".join(kept).encode())
+        write_file(self.dir / ".launch", launch_name().encode())
 
     def may_continue(self, folder):
-        """With --resume, or when torchrun --max-restarts has started the very launch again that
-        wrote into this folder: then its agent, our parent process, is still the same."""
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / ".launch").exists():
-            return self.args.resume or (folder / ".launch").read_text() == str(os.getppid())
-        return self.args.resume
+        """With --resume, or where torchrun --max-restarts has started again the very launch that
+        wrote into this folder."""
+        again, mark = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), folder / ".launch"
+        return self.args.resume or again and mark.exists() and mark.read_text() == launch_name()
 
     def load(self, path):
         try:  # weights_only: a checkpoint from a stranger runs no code
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = {key: saved[key] for key in (
+                "task", "stage", "epoch", "model", "teacher", "optimizer", "scheduler", "scaler",
+                "exemplars", "results", "log", "images", "train_seconds", "seconds")}
             config, mine = saved["results"]["args"], self.args.config
-            missing = {"task", "stage", "epoch", "model", "optimizer", "exemplars"} - saved.keys()
-            assert not missing, missing
         except Exception as error:
-            fail(f"--resume: {path} is no whole checkpoint of this trainer ({type(error).__name__}); "
-                 "move it away to start again")
+            fail(f"--resume: {path} is no whole checkpoint of this trainer "
+                 f"({type(error).__name__}); name another --output_dir")
         changed = [f"--{name} {config.get(name)} (now {mine[name]})" for name in mine
                    if name not in MAY_DIFFER and config.get(name) != mine[name]]
         changed += [name for name in ("method", "increments", "class_order")
-                    if saved["results"][name] != self.results[name]]
+                    if saved["results"].get(name) != self.results[name]]
         if changed:
             fail(f"--resume: {path} was made with {', '.join(changed)}; use the same command, or "
                  "another --output_dir")
+        if 0 < self.args.stop_after_task <= saved["task"]:
+            fail(f"--stop_after_task {self.args.stop_after_task}: {path} is in task "
+                 f"{saved['task'] + 1} already")
         self.saved = saved
 
     def tasks(self, trainer):
@@ -773,7 +792,7 @@ class Run:
             yield task, nb_new
 
     def reached(self, trainer):
-        """False for a task that was over before a resume. At the task of the checkpoint: loads
+        """False for a task that was over before a resume. At the task of the checkpoint: load
         weights, teacher and exemplars into the trainer, whose model has the right shape by now.
         """
         saved, task = self.saved, trainer.task
@@ -783,11 +802,13 @@ class Run:
                 trainer.teacher.load_state_dict(saved["teacher"])
             trainer.scaler.load_state_dict(saved["scaler"])
             trainer.exemplars = [
-                ImageSet((np.array(x) if isinstance(x, list) else x.numpy(), y.numpy()), self.args)
+                ImageSet((np.array(x, dtype=object) if isinstance(x, list) else x.numpy(),
+                          y.numpy()), self.args)
                 for x, y in saved["exemplars"]]
             self.results.update(saved["results"], args=self.args.config)
             self.images, self.train_seconds = saved["images"], saved["train_seconds"]
-            self.start = time.time() - saved["seconds"]
+            self.start, self.log = time.time() - saved["seconds"], saved["log"]
+            self.write_log()
         return task >= saved.get("task", 0)
 
     def epochs(self, trainer, loader, optimizer, scheduler, num_epochs):
@@ -809,11 +830,12 @@ class Run:
 
     def end_epoch(self, trainer, averages, optimizer, scheduler):
         """Make BatchNorm's averages equal on all ranks, log the epoch, write the checkpoint."""
-        args, results = self.args, self.results
-        if not math.isfinite(averages["loss"]):
-            fail(f"the loss became {averages['loss']} in task {trainer.task + 1}, epoch "
-                 f"{trainer.epoch + 1}, --lr {args.lr}: try a smaller one; the checkpoint of the "
-                 "epoch before is kept")
+        args = self.args
+        weights = torch.stack([p.detach().abs().max() for p in trainer.model.parameters()])
+        if not (math.isfinite(averages["loss"]) and weights.isfinite().all()):
+            fail(f"the loss ({averages['loss']}) or a weight left the finite numbers in task "
+                 f"{trainer.task + 1}, epoch {trainer.epoch + 1}, --lr {args.lr}: try a smaller "
+                 "one; the checkpoint of the epoch before is kept")
         if args.distributed:
             timm.utils.distribute_bn(trainer.model, args.world_size, reduce=True)
         if args.eval_every_epoch and (trainer.epoch + 1) % args.eval_every_epoch == 0:
@@ -822,13 +844,8 @@ class Run:
         self.train_seconds += averages["seconds"]
         if args.rank:
             return
-        line = {"task": trainer.task + 1, "stage": trainer.stage + 1, "epoch": trainer.epoch + 1,
-                **averages, "lr": scheduler.get_last_lr()[0]}
-        try:
-            with open(self.dir / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            fail(f"{self.dir / 'log.jsonl'} could not be written ({error.strerror})")
+        self.log.append({"task": trainer.task + 1, "stage": trainer.stage + 1,
+                         "epoch": trainer.epoch + 1, **averages, "lr": scheduler.get_last_lr()[0]})
         write_tensors(self.dir / "checkpoint.pt", {
             "task": trainer.task, "stage": trainer.stage, "epoch": trainer.epoch,
             "model": trainer.model.state_dict(),
@@ -837,8 +854,14 @@ class Run:
             "scaler": trainer.scaler.state_dict(),
             "exemplars": [(s.x.tolist() if s.x.ndim == 1 else torch.from_numpy(s.x),
                            torch.from_numpy(s.y)) for s in trainer.exemplars],
-            "results": results, "images": self.images, "train_seconds": self.train_seconds,
-            "seconds": time.time() - self.start})
+            "results": self.results, "log": self.log, "images": self.images,
+            "train_seconds": self.train_seconds, "seconds": time.time() - self.start})
+        self.write_log()
+
+    def write_log(self):
+        if self.args.rank == 0:
+            lines = [json.dumps(line) + "\n" for line in self.log]
+            write_file(self.dir / "log.jsonl", "".join(lines).encode())
 
     def end_task(self, trainer, scores):
         """Add a row to the accuracy matrix, print one line, write results.json."""
@@ -867,8 +890,10 @@ class Run:
                 "class_order": results["class_order"], "class_names": results["class_names"],
                 "state_dict": trainer.model.state_dict()})
             if args.plots:
-                plot_accuracy(results, self.dir / "accuracy.png")
-                plot_confusion(results, self.dir / "confusion.png")
+                for name, draw in ("accuracy", plot_accuracy), ("confusion", plot_confusion):
+                    buffer = io.BytesIO()
+                    draw(results).savefig(buffer, dpi=120)
+                    write_file(self.dir / f"{name}.png", buffer.getvalue())
             print("\ntest accuracy (%)\nafter task" + "".join(
                 f"  task {u + 1:<2}" for u in range(trainer.task + 1)) + "   all")
             for t, (row, acc1) in enumerate(zip(results["accuracy_matrix"], results["acc1s"])):
@@ -884,7 +909,7 @@ class Run:
             dist.destroy_process_group()
 
 
-def plot_accuracy(results, path):
+def plot_accuracy(results):
     """Accuracy on each task's test images, and on all of them, after each task."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -898,10 +923,10 @@ def plot_accuracy(results, path):
              title=f"{results['method']} on {results['args']['data_set']}: average incremental "
                    f"accuracy {results['average_incremental_accuracy']:.1f} %")
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_confusion(results, path):
+def plot_confusion(results):
     """Row: true class, column: predicted class, percent of the row; lines between the tasks."""
     from matplotlib.figure import Figure
     share = np.array(results["confusion"], dtype=float)
@@ -914,4 +939,4 @@ def plot_confusion(results, path):
         axes.axvline(border, color="w", lw=0.5)
     axes.set(xlabel="predicted class (in the order learned)", ylabel="true class")
     figure.colorbar(image, label="percent of the true class")
-    figure.savefig(path, dpi=120)
+    return figure

@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ def child(function, arguments, folder, env, out, err):
         function(*arguments)
         sys.stdout.flush()
     except Exception:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as python would, at the end of a program
         sys.stderr.flush()
         os._exit(1)
 

@@ -329,6 +329,16 @@ def test_augmentation_depends_on_the_seed_alone():
     assert torch.equal(images[3][0], images[3][0])  # no seed: no augmentation
 
 
+def test_loading_leaves_the_generator_of_dropout_alone():
+    args = make_args("--data_set=cifar100")
+    images = utils.ImageSet((np.zeros((4, 32, 32, 3), np.uint8), np.arange(4)), args)
+    torch.manual_seed(3)
+    expected = torch.rand(5)
+    torch.manual_seed(3)
+    images[0, 1], images[2, 9], images[1]
+    assert torch.equal(torch.rand(5), expected)
+
+
 @pytest.mark.parametrize("size", [96, 101])
 def test_global_batches_do_not_depend_on_the_number_of_processes(size):
     args = make_args("--batch_size=12")
@@ -439,7 +449,7 @@ def test_the_flags_in_the_readme_exist():
     known = {flag for action in utils.get_parser()._actions for flag in action.option_strings}
     launcher = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
                 "--master_addr", "--master_port", "--max-restarts", "--rdzv_id", "--nodes",
-                "--ntasks-per-node", "--gpus-per-node"}
+                "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known | launcher
 
 

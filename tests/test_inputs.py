@@ -44,6 +44,8 @@ def refused(launch, tmp_path):
     (["--herding_method=best"], "--herding_method best barycenter"),
     (["--aa=wild-m9"], "--aa wild-m9 rand-m9-mstd0.5-inc1-mmax9"),
     (["--aa=rand-m9-mstd0.5-inc1"], "--aa -mmax9"),
+    (["--aa=rand-inc1-m10-mmax10"], "--aa -mmax9"),
+    (["--aa=v0"], "--aa -mmax9"),
     (["--num_bases=11"], "--num_bases 11 10 classes"),
     (["--increment=11"], "--increment 11 10 classes"),
     (["--num_bases=-1"], "--num_bases -1"),
@@ -147,6 +149,14 @@ def test_truncated_image_is_named_when_its_turn_comes(launch, image_folder, work
     assert started.stderr().startswith(f"error: {file}: OSError: ")
 
 
+def test_test_folder_without_classes_beside_val(finish, image_folder, tmp_path):
+    folder = image_folder()
+    (folder / "test").rename(folder / "val")
+    (folder / "test").mkdir()
+    (folder / "test/1.png").write_bytes((folder / "val/red/0.png").read_bytes())
+    assert finish(*FOLDER, f"--data_path={folder}", "--output_dir=run")["finished"]
+
+
 def test_unusual_images_and_paths_work(finish, image_folder, tmp_path):
     """Grey, RGBA, palette and 16-bit images; folders with spaces, umlauts and very long names."""
     long = "x" * 200
@@ -175,7 +185,7 @@ def test_grey_arrays_from_a_package_work(finish, tmp_path):
     folder = tmp_path / "files/MNIST/raw"
     folder.mkdir(parents=True)
     draw = np.random.RandomState(0)
-    for prefix, count in (("train", 200), ("t10k", 50)):
+    for prefix, count in (("train", 80), ("t10k", 20)):
         labels = np.arange(count, dtype=np.uint8) % 10
         images = draw.randint(0, 256, (count, 28, 28)).astype(np.uint8)
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
@@ -183,11 +193,11 @@ def test_grey_arrays_from_a_package_work(finish, tmp_path):
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
             (2051).to_bytes(4, "big") + count.to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
             + images.tobytes())
-    assert MNIST(str(tmp_path / "files"), train=True).data.shape == (200, 28, 28)
+    assert MNIST(str(tmp_path / "files"), train=True).data.shape == (80, 28, 28)
     for processes in (1, 2):
         results = finish("--data_set=mnist", f"--data_path={tmp_path / 'files'}", "--num_epochs=1",
-                         "--backbone=resnet20", "--batch_size=20", "--num_bases=5", "--increment=5",
-                         "--no_plots", f"--output_dir=run{processes}", processes=processes)
+                         "--backbone=resnet20", "--batch_size=40", "--num_bases=5", "--increment=5",
+                         "--no_plots", "--num_workers=0", f"--output_dir=run{processes}", processes=processes)
         assert results["finished"] and results["increments"] == [5, 5]
 
 
@@ -209,6 +219,24 @@ def test_output_dir_with_another_run(refused, finish):
     assert "--resume" in refused(*SHORT, "--output_dir=run")
     error = refused(*SHORT, "--output_dir=run", "--resume", "--lr=0.05", "--memory_size=20")
     assert "--lr 0.1 (now 0.05)" in error and "--memory_size 30 (now 20)" in error
+
+
+def test_failures_that_only_rank_0_sees(refused, finish):
+    """The other rank, which waits for it, must not answer with a traceback."""
+    finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
+    assert "--resume" in refused(*SHORT, "--output_dir=run", processes=2)
+
+
+def test_resume_of_less_than_there_is(refused, finish):
+    finish(*SHORT, "--output_dir=run", "--stop_after_task=2")
+    error = refused(*SHORT, "--output_dir=run", "--resume", "--stop_after_task=1")
+    assert "--stop_after_task 1" in error and "task 2 already" in error
+
+
+def test_resume_without_the_checkpoint(refused, finish, tmp_path):
+    finish(*SHORT, "--output_dir=run")
+    (tmp_path / "run/checkpoint.pt").unlink()
+    assert "no checkpoint.pt" in refused(*SHORT, "--output_dir=run", "--resume")
 
 
 def test_output_dir_in_use(launch, refused, tmp_path):
@@ -254,6 +282,7 @@ def test_loss_that_becomes_nan(launch, tmp_path):
         last = json.loads(log.read_text().splitlines()[-1])
         saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
         assert np.isfinite(last["loss"]) and saved["epoch"] == last["epoch"] - 1
+        assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
 def limited(flags, size):
