@@ -805,7 +805,8 @@ class Run:
                 ImageSet((np.array(x, dtype=object) if isinstance(x, list) else x.numpy(),
                           y.numpy()), self.args)
                 for x, y in saved["exemplars"]]
-            self.results.update(saved["results"], args=self.args.config)
+            self.results.update(saved["results"], args=self.args.config,
+                                world_size=self.args.world_size)
             self.images, self.train_seconds = saved["images"], saved["train_seconds"]
             self.start, self.log = time.time() - saved["seconds"], saved["log"]
             self.write_log()

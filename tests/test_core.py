@@ -474,6 +474,17 @@ def test_digits_show_what_each_ingredient_does():
         assert [run["args"]["seed"] for run in method] == list(range(10))
 
 
+def test_the_output_in_the_readme_is_that_of_a_recorded_run():
+    text = (ROOT / "README.md").read_text()
+    run = json.loads((ROOT / "tutorial/results/digits_default_2processes.json").read_text())
+    assert run["world_size"] == 2 and run["finished"]
+    for t, (row, acc1) in enumerate(zip(run["accuracy_matrix"], run["acc1s"])):
+        line = f"{t + 1:>10}" + "".join(f"{a:8.2f}" for a in row) + " " * 8 * (3 - t) + f"{acc1:8.2f}"
+        assert line in text
+    assert (f"average incremental accuracy {run['average_incremental_accuracy']:.2f} %, last "
+            f"{run['last_accuracy']:.2f} %, forgetting {run['forgetting']:.2f} points") in text
+
+
 def test_links_in_the_readme_exist():
     for name in ("README.md", "tutorial/README.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):

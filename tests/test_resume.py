@@ -116,6 +116,19 @@ def test_resume_of_folder_data(finish, image_folder, tmp_path):
     assert finish(*flags, "--output_dir=run", "--resume") == whole
 
 
+def test_killed_with_loading_processes(launch, finish, image_folder, tmp_path):
+    """Loading workers outlive a killed run for some seconds; the next start waits for them."""
+    flags = ["--data_set=image_folder", f"--data_path={image_folder()}", "--backbone=resnet20",
+             "--input_size=16", "--num_bases=2", "--increment=2", "--batch_size=4", "--num_epochs=3",
+             "--memory_size=8", "--aa=none", "--no_plots", "--num_workers=1"]
+    whole = finish(*flags, "--output_dir=whole")
+    started = launch(*flags, "--output_dir=run")
+    while started.processes[0].is_alive() and not (tmp_path / "run/log.jsonl").exists():
+        time.sleep(0.005)
+    started.kill()
+    assert finish(*flags, "--output_dir=run", "--resume") == whole
+
+
 def test_resume_without_output_dir_finds_the_newest_run(finish, tmp_path, reference):
     finish(*SHORT, "--stop_after_task=1")
     finish(*SHORT, "--resume")
