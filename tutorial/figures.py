@@ -64,8 +64,8 @@ TABLES = {"digits": lambda: ablation_table("digits", 10), "cifar100": cifar_step
 
 def fill(text):
     """The text with each of its tables rendered anew."""
-    return re.sub(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)",
-                  lambda match: match[1] + TABLES[match[2]]() + match[3], text, flags=re.S)
+    return re.sub(r"(<!-- table (\w+) -->\n)(?:[^\n]+\n)*(<!-- end -->)",
+                  lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], text)
 
 
 def draw_ablation(data_set, title, path):
@@ -84,7 +84,7 @@ def draw_ablation(data_set, title, path):
     axes.set(xlabel="classes learned so far", ylabel="test accuracy on all of them (%)",
              xticks=classes, ylim=(0, 102), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
