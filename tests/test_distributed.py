@@ -136,11 +136,11 @@ def test_two_machines(tmp_path, finish):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     agents = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
-         "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}",
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+         "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
          str(ROOT / "template.py"), *SHORT, "--output_dir=run"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}) for node in (0, 1)]
+        env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     outputs = [agent.communicate(timeout=150)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert read_results(tmp_path / "run") == finish(*SHORT, "--output_dir=spawned", processes=2)
