@@ -32,6 +32,7 @@ from continuum import ClassIncremental, datasets as continuum_datasets
 from continuum.tasks import TaskType
 from PIL import Image
 from timm.utils.distributed import world_info_from_env
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -202,9 +203,18 @@ def setup(args):
     gpus = torch.cuda.device_count()
     if args.device == "cuda" and gpus < here:
         fail(f"--device cuda: {here} processes on this machine, but torch finds {gpus} GPUs")
-    args.device = args.device or ("cuda" if gpus >= here else "cpu")
-    try:
-        args.device = timm.utils.init_distributed_device(args)
+    args.device = torch.device(args.device or ("cuda" if gpus >= here else "cpu"))
+    args.local_rank, args.rank, args.world_size = world_info_from_env()
+    args.distributed = args.world_size > 1
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", args.local_rank)
+        torch.cuda.set_device(args.device)
+    try:  # the prefix keeps a restart by torchrun from finding addresses of the dead processes
+        if args.distributed:
+            store, *_ = next(rendezvous("env://", args.rank, args.world_size))
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", store=store,
+                                    rank=args.rank, world_size=args.world_size)
     except (ValueError, RuntimeError) as error:
         fail(f"the processes could not join ({error}): start them with torchrun; inside a SLURM "
              "allocation, unset SLURM_NTASKS to run plain python")
