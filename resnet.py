@@ -8,7 +8,6 @@ Recognition" (CVPR 2016, section 4.2). Importing this file makes them known to t
 
 They follow timm's conventions, so that the trainer treats them like every other timm model.
 """
-import torch
 from timm.layers import SelectAdaptivePool2d
 from timm.models import register_model
 from timm.models._features import feature_take_indices

@@ -713,8 +713,8 @@ class Run:
     """
 
     def __init__(self, trainer, scenario, test_scenario):
-        args, self.test_scenario = trainer.args, test_scenario
-        self.args = args
+        args = self.args = trainer.args
+        self.test_scenario = test_scenario
         method = type(trainer).__name__
         if method == "CilTrainer":  # WA itself, or a copy of template.py, which goes by its name
             file = Path(inspect.getfile(type(trainer))).stem

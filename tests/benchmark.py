@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import template  # noqa: E402
@@ -80,8 +79,6 @@ def measure(args, images, size, mine):
     plain_model.expand(50)
     plain_model.to(args.device)
     plain_optimizer = torch.optim.SGD(plain_model.parameters(), 0.01, 0.9)
-    plain_loader = DataLoader(images, 128, sampler=loader.sampler, drop_last=True,
-                              num_workers=args.num_workers, persistent_workers=args.num_workers > 0)
 
     def plain_step(x, y):
         logits, _ = plain_model(x)
@@ -93,7 +90,7 @@ def measure(args, images, size, mine):
 
     def plain_epoch():
         plain_model.train()
-        for x, y in plain_loader:
+        for x, y in loader:
             plain_step(x.to(args.device), y.to(args.device))
 
     def compute():
@@ -112,15 +109,14 @@ def measure(args, images, size, mine):
             plain_step(x, y)
 
     plain = SimpleNamespace(**vars(trainer))
-    plain.args, plain.model, plain.task = plain_args, plain_model, 0
+    plain.args, plain.model = plain_args, plain_model
     plain.predict = lambda x: plain_model(x.contiguous())[0]
-    trainer.run.test_scenario = plain.run.test_scenario = [images]
 
-    class Whole(list):  # evaluate() asks for the test images of all tasks so far
+    class Whole:  # evaluate() asks for the test images of all tasks so far
         def __getitem__(self, _):
             return images.x, images.y
 
-    trainer.run.test_scenario = Whole()
+    trainer.run.test_scenario = Whole()  # of both: plain has the same run
     rows = [
         ("training, data included", lambda: trainer.train_epoch(loader, optimizer), plain_epoch),
         ("training, compute alone", compute, plain_compute),
