@@ -336,8 +336,9 @@ def get_class_order(args, nb_classes):
     if args.class_order in ("default", "seed"):
         seed = 1993 if args.class_order == "default" else args.seed
         return np.random.RandomState(seed).permutation(nb_classes).tolist()
-    try:
-        text = Path(args.class_order).read_text()
+    try:  # a file, or from Python the list itself
+        listed = isinstance(args.class_order, list)
+        text = str(args.class_order) if listed else Path(args.class_order).read_text()
         order = [int(word) for word in re.findall(r"[^\s,\[\]]+", text)]
     except (OSError, ValueError) as error:
         fail(f"--class_order {args.class_order}: default, seed, or a file of numbers ({error})")
@@ -885,7 +886,8 @@ class Run:
             confusion=scores["confusion"], finished=done == len(self.increments),
             average_incremental_accuracy=sum(results["acc1s"]) / done,
             last_accuracy=scores["acc1"], forgetting=forgetting(results["accuracy_matrix"]),
-            seconds=time.time() - self.start, images_per_second=self.images / self.train_seconds)
+            seconds=time.time() - self.start,
+            images_per_second=self.images / max(self.train_seconds, 1e-9))
         if self.args.rank == 0:
             print(f"task {done}/{len(self.increments)}: {scores['acc1']:.2f} % of the test images "
                   f"of {sum(self.increments[:done])} classes right", flush=True)
@@ -897,8 +899,8 @@ class Run:
         if args.rank == 0:
             mean, std, _ = STATISTICS.get(args.data_set, IMAGENET_STATISTICS)
             write_tensors(self.dir / "model.pt", {
-                "backbone": args.backbone, "input_size": args.input_size, "mean": list(mean),
-                "std": list(std), "increments": self.increments[:trainer.task + 1],
+                "args": args.config, "mean": list(mean), "std": list(std),
+                "increments": self.increments[:trainer.task + 1],
                 "class_order": results["class_order"], "class_names": results["class_names"],
                 "state_dict": trainer.model.state_dict()})
             if args.plots:

@@ -17,6 +17,7 @@ def same_model(one, other):
     a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (one, other))
     for state in (a, b):
         weights = state.pop("state_dict")
+        state.pop("args")  # names of folders
         state["weights"] = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
     return a == b
 

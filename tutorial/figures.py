@@ -1,102 +1,609 @@
-"""Draws tutorial/img/ and fills in the tables of the texts, from tutorial/results/*.json alone.
+"""Draws tutorial/img/ and fills in every table of the texts, from tutorial/results/*.json alone.
 
-    python -m tutorial.figures
+    python -m tutorial.figures                            # all pictures but two, all tables
+    python -m tutorial.figures --data_path DIR            # and the two that show CIFAR-100 images
+    python -m tutorial.figures --seeds runs/mine_seed*    # mean ± std of runs of your own
 
-A table stands between the two comments <!-- table NAME --> and <!-- end -->. The tests render it
-again and compare, so no number in a text can differ from its results file.
+A table stands between <!-- table NAME --> and <!-- end -->, a single number between
+<!-- value FILES KEY --> and <!-- end -->. The tests fill all of them in again and compare, so no
+number in a text can differ from its file. DIR is CIFAR-100 as a folder of images.
 """
+import argparse
 import json
 import re
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = ["README.md"]
+IMAGES = ROOT / "tutorial/img"
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "tutorial").rglob("*.md"))]
+matplotlib.rcParams.update({
+    "font.size": 11, "figure.facecolor": "white", "axes.grid": True, "grid.alpha": 0.3,
+    "axes.axisbelow": True, "savefig.dpi": 110, "svg.hashsalt": "cil"})
+GREY, RED, BLUE, PINK, GREEN, ORANGE = (
+    "#777777", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00")  # told apart by everyone
+
 # WA's ablations: file name, label, flags on top of the defaults, colour.
-ABLATION = [("finetune", "finetune", "--memory_size 0 --lambda_kd 0 --no_align", "#999999"),
-            ("replay", "replay", "--lambda_kd 0 --no_align", "#d55e00"),
-            ("replay_kd", "replay + KD", "--no_align", "#0072b2"),
-            ("replay_align", "replay + alignment", "--lambda_kd 0", "#cc79a7"),
-            ("wa", "WA: replay + KD + alignment", "", "#009e73")]
+ABLATION = [("finetune", "finetune", "--memory_size 0 --lambda_kd 0 --no_align", GREY),
+            ("replay", "replay", "--lambda_kd 0 --no_align", RED),
+            ("replay_kd", "replay + KD", "--no_align", BLUE),
+            ("replay_align", "replay + alignment", "--lambda_kd 0", PINK),
+            ("wa", "WA: replay + KD + alignment", "", GREEN)]
+SUMMARY = [("average_incremental_accuracy", "average incremental accuracy (%)"),
+           ("last_accuracy", "last (%)"), ("forgetting", "forgetting (points)")]
 
 
 def load(pattern):
     """The results files that match, as a list of dictionaries in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted((ROOT / "tutorial/results").glob(pattern))]
+    files = sorted((ROOT / "tutorial/results").glob(f"{pattern}.json"))
+    return [json.loads(path.read_text()) for path in files]
 
 
-def ablation_table(data_set, seeds):
-    """A row for each method: mean ± standard deviation over the seeds, first task included."""
-    head = ["method", "flags", "average incremental accuracy (%)", "last (%)", "forgetting (points)"]
-    rows = [head, ["---"] * 2 + ["---:"] * 3]
-    for name, label, flags, _ in ABLATION:
-        runs = load(f"{data_set}_{name}_seed*.json")
-        if not runs:
-            continue
-        cells = []
-        for key in ("average_incremental_accuracy", "last_accuracy", "forgetting"):
-            values = [run[key] for run in runs]
-            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.1f}{spread}")
-        assert len(runs) == seeds and all(run["finished"] for run in runs), (data_set, name)
-        rows.append([label, f"`{flags}`" if flags else "none", *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+def table(head, rows, left=1):
+    """A markdown table; the first `left` columns are text, the others numbers."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def cifar_steps():
+def mean_std(values):
+    """95.3 ± 1.2 over several runs (n - 1 in the standard deviation), 95.3 of one."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def summary(label, runs):
+    return [*label, *(mean_std([run[key] for run in runs]) for key, _ in SUMMARY)]
+
+
+def summary_table(rows, head=("method", "flags")):
+    """A row for each (label, flags, files): mean ± standard deviation over the seeds."""
+    lines = [summary((label, f"`{flags}`" if flags else "none"), load(files))
+             for label, flags, files in rows if load(files)]
+    return table([*head, *(title for _, title in SUMMARY)], lines, left=2)
+
+
+def digits():
+    return summary_table([(label, flags, f"digits_{name}_seed*") for name, label, flags, _ in ABLATION])
+
+
+def memory():
+    return summary_table([
+        ("herding", "", "digits_wa_seed*"),
+        ("nearest to the class mean", "--herding_method cluster", "digits_cluster_seed*"),
+        ("random", "--herding_method random", "digits_random_seed*"),
+        ("herding, fixed memory", "--fixed_memory", "digits_fixed_seed*")], ("exemplars", "flags"))
+
+
+def distillation():
+    run, = load("digits_t2_seed0")
+    flags = " ".join(f"--{name} {run['args'][name]:.4g}" for name in ("lambda_kd", "lr", "weight_decay"))
+    return summary_table([
+        ("no KD", "--lambda_kd 0", "digits_replay_align_seed*"),
+        ("λ = 0.4", "", "digits_wa_seed*"),
+        ("λ = 0.4, with T²", flags, "digits_t2_seed*"),
+        ("dynamic λ", "--lambda_kd dynamic", "digits_dynamic_seed*")], ("distillation", "flags"))
+
+
+def clipping():
+    return summary_table([("WA", "", "digits_wa_seed*"),
+                          ("WA, weights clipped at 0", "", "digits_clipped_seed*")])
+
+
+def ideas():
+    return summary_table([
+        ("WA, `template.py` as it is", "", "digits_wa_seed*"),
+        ("1. balanced softmax for alignment", "--no_align", "digits_balanced_seed*"),
+        ("2. uncertain exemplars", "", "digits_uncertain_seed*"),
+        ("3. three convolutions", "--backbone tinynet", "digits_tiny_seed*"),
+        ("`feature_kd.py`", "", "digits_feature_seed*")], ("idea", "flags"))
+
+
+def cifar100():
     """Accuracy after each task on CIFAR-100, a row for each method, with WA's gammas below."""
-    runs = [(label, load(f"cifar100_{name}_seed0.json")) for name, label, _, _ in ABLATION]
+    runs = [(label, load(f"cifar100_{name}_seed0")) for name, label, _, _ in ABLATION]
     runs = [(label, found[0]) for label, found in runs if found]
-    rows = [["method", *[f"{sum(runs[0][1]['increments'][:t + 1])} classes" for t in range(6)],
-             "average"], ["---"] + ["---:"] * 7]
+    rows = []
     for label, run in runs:
         rows.append([label, *[f"{a:.1f}" for a in run["acc1s"]],
                      f"{run['average_incremental_accuracy']:.1f}"])
         if run["gammas"]:
             rows.append([f"γ of {label.split(':')[0]}", "", *[f"{g:.2f}" for g in run["gammas"]], ""])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    classes = np.cumsum(runs[0][1]["increments"])
+    return table(["method", *[f"{n} classes" for n in classes], "average"], rows)
 
 
-TABLES = {"digits": lambda: ablation_table("digits", 10), "cifar100": cifar_steps}
+def matrix():
+    """The accuracy matrix of one run."""
+    run, = load("digits_wa_seed0")
+    tasks = range(len(run["increments"]))
+    rows = [[f"after task {t + 1}", *[f"{a:.1f}" for a in row], *[""] * (len(tasks) - t - 1),
+             f"{run['acc1s'][t]:.1f}"] for t, row in enumerate(run["accuracy_matrix"])]
+    return table(["", *[f"images of task {u + 1}" for u in tasks], "all"], rows)
+
+
+def two_averages():
+    """Averages with and without the first task: of the WA paper, and of our runs."""
+    curves = [(row["method"], row["acc1s"]) for row in load("published")[0]["rows"] if "acc1s" in row]
+    curves += [(f"here: {run['method']}, CIFAR-100, 20 epochs a task", run["acc1s"])
+               for run in load("cifar100_wa_seed0")]
+    return table(["accuracy after each task", "", "average", "without the first"], [
+        [name, ", ".join(f"{a:.1f}" for a in acc1s), f"{np.mean(acc1s):.1f}",
+         f"{np.mean(acc1s[1:]):.1f}"] for name, acc1s in curves], left=2)
+
+
+def awareness():
+    """The last row of both matrices: is a class found among all, or among its own task's?"""
+    rows = []
+    for name, label, _, _ in ABLATION:
+        runs = load(f"digits_{name}_seed*")
+        agnostic = [run["accuracy_matrix"][-1] for run in runs]
+        aware = [run["task_aware_matrix"][-1] for run in runs]
+        rows.append([label, *(mean_std([np.mean(row) for row in kind]) for kind in (agnostic, aware))])
+    return table(["after the last task", "task-agnostic (%)", "task-aware (%)"], rows)
+
+
+def published():
+    """The numbers of others beside ours, each with its schedule."""
+    rows = [[row["method"], row["protocol"], row["source"], row.get("average", ""), row["last"]]
+            for row in load("published")[0]["rows"]]
+    for name, label, _, _ in ABLATION:
+        for run in load(f"cifar100_{name}_seed0"):
+            rows.append([label.split(":")[0], "base 50, increment 10", f"here, {run['args']['num_epochs']} "
+                         "epochs a task, no RandAugment", f"{run['average_incremental_accuracy']:.1f}",
+                         f"{run['last_accuracy']:.1f}"])
+    rows.sort(key=lambda row: (row[1], row[0]))
+    return table(["method", "protocol", "source", "average (%)", "last (%)"], rows, left=3)
+
+
+def runs():
+    """What was run: command, seeds, machine."""
+    shown = ("data_set", "memory_size", "lambda_kd", "herding_method", "num_epochs", "aa", "amp", "lr",
+             "weight_decay", "backbone")
+    import utils
+    rows = []
+    groups = {}
+    for path in sorted((ROOT / "tutorial/results").glob("*_seed*.json")):
+        groups.setdefault(path.stem.rsplit("_seed", 1)[0], []).append(json.loads(path.read_text()))
+    for name, found in sorted(groups.items()):
+        args = found[0]["args"]
+        preset = {**utils.COMMON, **utils.PRESETS[args["data_set"]], "data_set": "digits",
+                  "herding_method": "barycenter", "amp": "none"}
+        flags = [f"--{key} {args[key]:.4g}" if isinstance(args[key], float) else f"--{key} {args[key]}"
+                 for key in shown if args[key] != preset[key]]
+        flags += [f"--{key}" for key in ("fixed_memory", "no_align") if args[key]]
+        seeds = [run["args"]["seed"] for run in found]
+        rows.append([f"`{name}`", f"`{' '.join(flags)}`" if flags else "none",
+                     f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else seeds[0],
+                     f"{np.median([run['seconds'] for run in found]) / 60:.1f}"])
+    return table(["files", "flags", "seeds", "minutes"], rows, left=3)
+
+
+def ranks():
+    """What the ranks would replay together if each chose exemplars from its own augmented images."""
+    found, = load("ranks_cifar100")
+    counts = list(found["rows"][0]["different_images"])
+    names = {"none": "crop and flip"}
+    rows = [[names.get(row["aa"], "crop, flip and RandAugment"), f"{100 * row['shared_by_two']:.0f} %",
+             *[f"{row['different_images'][n]:.0f}" for n in counts]] for row in found["rows"]]
+    rows.append(["none: clean images, as here", "100 %", *[found["m"]] * len(counts)])
+    return table(["augmentation", "shared by two ranks",
+                  *[f"images kept by {n} rank" + "s" * (n != "1") for n in counts]], rows)
+
+
+def speed():
+    found = load("speed")[0]["compute"]
+    return table(["compute alone", "images per second", "against the first", "forward", "backward",
+                  "optimizer"], [
+        [row["what"], f"{row['images_per_second']:.0f}",
+         f"{row['images_per_second'] / found[0]['images_per_second']:.2f} ×",
+         *[f"{100 * row[part] / sum(row[p] for p in ('forward', 'backward', 'optimizer')):.0f} %"
+           for part in ("forward", "backward", "optimizer")]] for row in found])
+
+
+def loading():
+    return table(["`--aa`", "`--num_workers`", "images per second"], [
+        [f"`{row['aa']}`", row["num_workers"], f"{row['images_per_second']:.0f}"]
+        for row in load("speed")[0]["loading"]], left=2)
+
+
+def processes():
+    found = load("speed")[0]["launches"]
+    return table(["processes", "threads of each", "images per second", "against the first"], [
+        [row["processes"], row["threads"], f"{row['images_per_second']:.0f}",
+         f"{row['images_per_second'] / found[0]['images_per_second']:.2f} ×"] for row in found], left=2)
+
+
+TABLES = {f.__name__: f for f in (
+    digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
+    runs, ranks, speed, loading, processes)}
+
+
+def value(files, key):
+    """The mean over the files of one number: `digits_wa_seed* last_accuracy`, `… gammas.0`."""
+    found = load(files)
+    for part in key.split("."):
+        found = [item[int(part) if part.lstrip("-").isdigit() else part] for item in found]
+    return np.mean(found)
 
 
 def fill(text):
-    """The text with each of its tables rendered anew."""
-    return re.sub(r"(<!-- table (\w+) -->\n)(?:[^\n]+\n)*(<!-- end -->)",
+    """The text with each of its tables and numbers written anew."""
+    text = re.sub(r"(<!-- table (\w+) -->\n)(?:[^\n]+\n)*?(<!-- end -->)",
                   lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], text)
+    return re.sub(r"(<!-- value (\S+) (\S+) -->)(\d+\.?(\d*))(<!-- end -->)",
+                  lambda m: f"{m[1]}{value(m[2], m[3]):.{len(m[5])}f}{m[6]}", text)
 
 
-def draw_ablation(data_set, title, path):
+# ---------------------------------------------------------------------------------------------
+# Pictures of results
+# ---------------------------------------------------------------------------------------------
+
+def new_figure(width=7.0, height=4.2, columns=1, **options):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, **options)
+
+
+def draw_ablation(data_set, title):
     """Accuracy on all classes so far after each task; the band is ± one standard deviation."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained", facecolor="white")
-    axes = figure.subplots()
+    figure, axes = new_figure()
     for name, label, _, colour in ABLATION:
-        runs = load(f"{data_set}_{name}_seed*.json")
-        if not runs:
+        found = load(f"{data_set}_{name}_seed*")
+        if not found:
             continue
-        curves = np.array([run["acc1s"] for run in runs])
-        classes = np.cumsum(runs[0]["increments"])
+        curves = np.array([run["acc1s"] for run in found])
+        classes = np.cumsum(found[0]["increments"])
         mean, spread = curves.mean(axis=0), curves.std(axis=0, ddof=min(1, len(curves) - 1))
         axes.plot(classes, mean, "o-", color=colour, label=label)
         axes.fill_between(classes, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
     axes.set(xlabel="classes learned so far", ylabel="test accuracy on all of them (%)",
              xticks=classes, ylim=(0, 102), title=title)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=110)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=10)
+    return figure
+
+
+def draw_digits():
+    return draw_ablation("digits", "Digits, 4 + 2 + 2 + 2 classes, 30 exemplars, 10 seeds")
+
+
+def draw_cifar100():
+    return draw_ablation("cifar100", "CIFAR-100, 50 + 5 x 10 classes, 2,000 exemplars, 20 epochs a task")
+
+
+def draw_forgetting():
+    """Finetuning: the accuracy on each task's test images falls to zero when the next one comes."""
+    figure, both = new_figure(8, 4, 2, sharey=True)
+    for axes, data_set, title in zip(both, ("digits", "cifar100"), ("digits", "CIFAR-100")):
+        run, = load(f"{data_set}_finetune_seed0")
+        rows = run["accuracy_matrix"]
+        for u in range(len(rows)):
+            axes.plot(range(u + 1, len(rows) + 1), [row[u] for row in rows[u:]], "o-",
+                      label=f"images of task {u + 1}")
+        axes.plot(range(1, len(rows) + 1), run["acc1s"], "ks--", lw=2, ms=5, label="all images")
+        axes.set(xlabel="tasks learned", xticks=range(1, len(rows) + 1), ylim=(-3, 103),
+                 title=f"{title}, finetuned")
+    both[0].set_ylabel("test accuracy (%)")
+    figure.legend(*both[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def draw_confusion():
+    """What images of each class are taken for, after the last task; all seeds together."""
+    figure, panels = new_figure(9, 3.6, 3, sharey=True)
+    names = [("finetune", "finetune"), ("replay", "replay"), ("wa", "WA")]
+    for axes, (name, title) in zip(panels, names):
+        found = load(f"digits_{name}_seed*")
+        counts = np.sum([run["confusion"] for run in found], axis=0)
+        share = 100 * counts / counts.sum(axis=1, keepdims=True)
+        image = axes.imshow(share, cmap="magma", vmin=0, vmax=100)
+        for border in np.cumsum(found[0]["increments"])[:-1] - 0.5:
+            axes.axhline(border, color="w", lw=0.7)
+            axes.axvline(border, color="w", lw=0.7)
+        axes.set(title=title, xlabel="predicted class", xticks=range(10), yticks=range(10))
+        axes.set_xticklabels(found[0]["class_names"])
+        axes.set_yticklabels(found[0]["class_names"])
+        axes.grid(False)
+    panels[0].set_ylabel("true class, in the order learned")
+    figure.colorbar(image, ax=panels, label="percent of the true class", shrink=0.85)
+    return figure
+
+
+def draw_exemplars():
+    """Left: the features of one class, flattened, and herding's first choices. Right: the distance
+    of the mean of m exemplars to the class mean."""
+    figure, (flat, error) = new_figure(9, 4.2, 2)
+    found, = load("exemplars_digits")
+    points, chosen = np.array(found["points"]), found["chosen"]["herding"]
+    flat.scatter(*points.T, s=18, color=GREY, alpha=0.5, lw=0, label=f"image of a {found['class']}")
+    flat.scatter(*points[chosen].T, s=70, color=GREEN, label="first ten of herding")
+    for number, row in enumerate(chosen, 1):
+        flat.annotate(number, points[row], fontsize=8, ha="center", va="center", color="white")
+    flat.plot(*found["mean"], "k+", ms=22, mew=2, zorder=1, label="mean of the class")
+    flat.set(xlabel="first principal component of the features", ylabel="second",
+             title=f"digits: {100 * found['explained']:.0f} % of the variance is visible")
+    flat.legend(fontsize=9)
+    found, = load("exemplars_cifar100")
+    m = np.arange(1, 101)
+    for name, colour, label in (("random", RED, "random"), ("cluster", ORANGE, "nearest to the mean"),
+                                ("herding", GREEN, "herding")):
+        error.plot(m, found["distance"][name][:100], color=colour, label=label)
+    spread = np.array(found["random_std"][:100])
+    middle = np.array(found["distance"]["random"][:100])
+    error.fill_between(m, middle - spread, middle + spread, color=RED, alpha=0.15, lw=0)
+    error.set(xlabel="number of exemplars m", ylabel="distance to the class mean", ylim=(0, None),
+              title=f"CIFAR-100: a class of {found['images']} images")
+    error.legend(fontsize=9)
+    return figure
+
+
+def draw_norms():
+    """Lengths of the prototypes before and after the last alignment."""
+    figure, both = new_figure(9, 4, 2)
+    for axes, data_set, title in zip(both, ("digits", "cifar100"), ("digits", "CIFAR-100")):
+        found, = load(f"norms_{data_set}")
+        before, after, nb_new = map(np.array, (found["before"], found["after"], found["nb_new"]))
+        classes, old = np.arange(1, len(before) + 1), len(before) - nb_new
+        axes.bar(classes[:old], before[:old], color=BLUE, label="old classes")
+        axes.bar(classes[old:], before[old:], color=ORANGE, label="new classes, before")
+        axes.bar(classes[old:], after[old:], color=GREEN, label="new classes, aligned")
+        axes.axhline(before[:old].mean(), color="k", ls="--", lw=1.2, label="mean of the old")
+        axes.set(xlabel="class, in the order learned", ylabel="length of the prototype, |w|",
+                 title=f"{title}, last task: γ = {found['gamma']:.2f}")
+        axes.grid(axis="x", visible=False)
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def draw_temperature():
+    """One teacher's answer, softened."""
+    logits = np.array([6.0, 4.0, 1.0, 0.0])
+    figure, axes = new_figure(7, 3.4)
+    for i, (T, colour) in enumerate(zip((1, 2, 4), (BLUE, GREEN, ORANGE))):
+        soft = np.exp(logits / T) / np.exp(logits / T).sum()
+        bars = axes.bar(np.arange(4) + 0.27 * (i - 1), 100 * soft, 0.25, color=colour, label=f"T = {T}")
+        axes.bar_label(bars, fmt="%.0f", fontsize=9)
+    axes.set(xticks=range(4), xticklabels=[f"logit {logit:.0f}" for logit in logits], ylim=(0, 100),
+             ylabel="probability (%)", title="softmax(logits / T)")
+    axes.grid(axis="x", visible=False)
+    axes.legend()
+    return figure
+
+
+def draw_speed():
+    """Images per second, one change at a time."""
+    found, = load("speed")
+    figure, axes = new_figure(7, 3)
+    rows = found["compute"][::-1]
+    bars = axes.barh([row["what"] for row in rows], [row["images_per_second"] for row in rows],
+                     color=[GREEN, BLUE, ORANGE, GREY][:len(rows)])
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.set(xlabel="images per second, compute alone", title="ResNet-32, 32 x 32 pixels, batch 128, "
+             f"{found['threads']} CPU cores")
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawings of ideas
+# ---------------------------------------------------------------------------------------------
+
+def canvas(width, height):
+    """Axes without axes, one unit an inch: draw(box / arrow / text) at (x, y)."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    return figure, axes
+
+
+def box(axes, x, y, width, height, text, colour=BLUE, size=10):
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.08",
+                                  facecolor=colour + "22", edgecolor=colour, lw=1.6))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
+
+
+def arrow(axes, start, end, colour="#333333", text="", style="-|>", bend=0.0, above=0.12):
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=14, color=colour, lw=1.6,
+                                   connectionstyle=f"arc3,rad={bend}"))
+    if text:
+        axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + above, text, ha="center",
+                  fontsize=9, color=colour)
+
+
+def digit_samples():
+    """Five images of each digit, (10, 5, 8, 8)."""
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    return np.stack([data.images[data.target == digit][:5] for digit in range(10)])
+
+
+def put(axes, image, x, y, size, colour=None):
+    """An image with its lower left corner at (x, y)."""
+    axes.imshow(image, extent=(x, x + size, y, y + size), cmap="gray_r", interpolation="nearest")
+    if colour:
+        axes.add_patch(FancyBboxPatch((x, y), size, size, boxstyle="square,pad=0", fill=False,
+                                      edgecolor=colour, lw=2))
+
+
+def draw_stages():
+    """Learn 1 and 2; then 3 and 4; then 5 and 6; test on all so far."""
+    figure, axes = canvas(8, 4.1)
+    samples = digit_samples()
+    for x, title in ((0.95, "learn these"), (2.85, "exemplars kept"), (5.0, "tested on all so far")):
+        axes.text(x, 3.78, title, fontsize=12, weight="bold")
+    for stage in range(3):
+        y = 2.7 - 1.25 * stage
+        axes.text(0.1, y + 0.35, f"task {stage + 1}", fontsize=12, weight="bold")
+        new = (2 * stage + 1, 2 * stage + 2)
+        for i, digit in enumerate(new):
+            for k in range(4):
+                put(axes, samples[digit, k], 0.95 + 0.4 * k, y + 0.42 - 0.44 * i, 0.36, ORANGE)
+        for i in range(2 * stage):
+            put(axes, samples[i + 1, 0], 2.85 + 0.45 * i, y + 0.2, 0.38, GREEN)
+        if stage == 0:
+            axes.text(2.85, y + 0.33, "none yet", fontsize=10, color=GREY)
+        for i in range(2 * stage + 2):
+            put(axes, samples[i + 1, 3], 5.0 + 0.48 * i, y + 0.2, 0.42, BLUE)
+    axes.set(xlim=(0, 8), ylim=(0, 4.1))
+    return figure
+
+
+def draw_model():
+    """A backbone, and a classifier that gets one more head with each task."""
+    figure, axes = canvas(8, 3)
+    put(axes, digit_samples()[3, 0], 0.15, 1.1, 0.8)
+    axes.text(0.55, 0.75, "image x", ha="center", fontsize=10)
+    axes.text(0.55, 0.5, "(batch, 3, H, W)", ha="center", fontsize=8)
+    arrow(axes, (1.05, 1.5), (1.6, 1.5))
+    box(axes, 1.65, 0.75, 1.7, 1.5, "backbone φ\n\nResNet\nor any of timm", BLUE)
+    arrow(axes, (3.4, 1.5), (4.6, 1.5), text="features φ(x)")
+    axes.text(4.0, 1.22, "(batch, 64)", ha="center", fontsize=8)
+    for i, (rows, name) in enumerate(((4, "task 1"), (2, "task 2"), (2, "task 3"))):
+        y = 2.15 - 0.85 * i
+        box(axes, 4.7, y, 1.5, 0.62, f"head of {name}\n{rows} prototypes", (BLUE, BLUE, ORANGE)[i], 9)
+        arrow(axes, (6.25, y + 0.31), (6.75, y + 0.31))
+        axes.text(6.82, y + 0.25, f"{rows} logits", fontsize=9)
+    axes.plot([7.6, 7.7, 7.7, 7.6], [2.75, 2.75, 0.5, 0.5], color="#333333", lw=1.4)
+    axes.text(7.85, 1.62, "side by side", rotation=90, va="center", ha="center", fontsize=9)
+    axes.text(5.45, 0.14, "expand() adds the next head", ha="center", fontsize=9, color=ORANGE)
+    return figure
+
+
+def draw_teacher():
+    """Replay and distillation in one picture."""
+    figure, axes = canvas(8, 3.6)
+    box(axes, 0.1, 2.3, 1.7, 0.8, "new images\nmany", ORANGE)
+    box(axes, 0.1, 0.6, 1.7, 0.8, "exemplars\nfew of each class", GREEN)
+    arrow(axes, (1.85, 2.65), (2.75, 2.0))
+    arrow(axes, (1.85, 1.0), (2.75, 1.65))
+    axes.text(2.3, 1.8, "batch", ha="center", fontsize=9)
+    box(axes, 2.8, 2.1, 1.8, 0.95, "student\nthe model in training", BLUE)
+    box(axes, 2.8, 0.6, 1.8, 0.95, "teacher\nits frozen copy\nof the task before", GREY)
+    arrow(axes, (4.65, 2.75), (6.0, 2.75), text="all logits")
+    arrow(axes, (4.65, 2.3), (6.0, 1.55), text="old logits", above=0.18)
+    arrow(axes, (4.65, 1.05), (6.0, 1.15), text="old logits", above=-0.25)
+    box(axes, 6.05, 2.4, 1.8, 0.7, "cross-entropy\nwith the labels", RED)
+    box(axes, 6.05, 1.0, 1.8, 0.75, "KL divergence\nat temperature T", PINK)
+    axes.text(6.95, 0.45, "loss = (1 − λ) CE + λ KD", ha="center", fontsize=10, weight="bold")
+    return figure
+
+
+def draw_prototypes():
+    """Long prototypes win: a feature between an old and a new class, before and after alignment."""
+    figure, both = new_figure(8, 3.3, 2, sharex=True, sharey=True)
+    feature, old = np.array([0.78, 0.92]), np.array([0.35, 1.15])
+    new = np.array([1.75, 0.75])
+    gamma = np.linalg.norm(old) / np.linalg.norm(new)
+    for axes, scale, title in zip(both, (1, gamma), ("after training", f"aligned: γ = {gamma:.2f}")):
+        for vector, colour, name in ((old, BLUE, "old class"), (scale * new, ORANGE, "new class")):
+            axes.annotate("", vector, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2.5})
+            axes.text(*(vector + (0.05, 0.04)), f"{name}\nlogit {vector @ feature:.2f}", color=colour,
+                      fontsize=10)
+        axes.annotate("", feature, (0, 0), arrowprops={"arrowstyle": "-|>", "color": "k", "ls": "--"})
+        axes.text(*(feature + (0.03, 0.03)), "φ(x)", fontsize=11)
+        axes.set(xlim=(0, 2.5), ylim=(0, 1.6), title=title, xlabel="first feature", aspect="equal")
+    both[0].set_ylabel("second feature")
+    return figure
+
+
+def draw_ddp():
+    """Who holds what on three ranks."""
+    figure, axes = canvas(8, 4.4)
+    rows = [("the whole model, same weights", BLUE, 3.3), ("all exemplars, the same", GREEN, 2.6),
+            ("{} of the global batch", ORANGE, 1.9), ("gradients of that share", RED, 1.2)]
+    for rank in range(3):
+        x = 0.15 + 2.6 * rank
+        axes.text(x + 1.2, 4.1, f"rank {rank}", ha="center", fontsize=12, weight="bold")
+        for text, colour, y in rows:
+            share = ("images 0, 3, 6, …", "images 1, 4, 7, …", "images 2, 5, 8, …")[rank]
+            box(axes, x, y, 2.35, 0.52, text.format(share).replace(" of the global batch", ""), colour)
+        arrow(axes, (x + 1.17, 1.15), (x + 1.17, 0.78))
+    box(axes, 0.15, 0.22, 7.55, 0.5, "all-reduce: the mean of the gradients, the same on every rank, so the "
+        "same step", PINK)
+    return figure
+
+
+def cifar_images(data_path, per_class=1):
+    """{class name: [images]} from CIFAR-100 as a folder."""
+    from PIL import Image
+    classes = sorted(path for path in (Path(data_path) / "train").iterdir() if path.is_dir())
+    return {path.name: [Image.open(image).convert("RGB") for image in sorted(path.iterdir())[:per_class]]
+            for path in classes}
+
+
+def draw_data_sets(data_path):
+    """The digits, and one image from each of 40 classes of CIFAR-100."""
+    figure, axes = canvas(8, 5.3)
+    for digit, images in enumerate(digit_samples()):
+        for k in range(2):
+            put(axes, images[k], 0.1 + 0.79 * digit, 4.05 - 0.48 * k, 0.44)
+    axes.text(0.1, 4.85, "digits: 8 x 8 pixels, 10 classes, 1,797 images", fontsize=12, weight="bold")
+    axes.text(0.1, 3.2, "CIFAR-100: 32 x 32 pixels, 100 classes, 60,000 images", fontsize=12, weight="bold")
+    found = list(cifar_images(data_path).items())[::3][:30]
+    for i, (name, (image,)) in enumerate(found):
+        x, y = 0.1 + 0.79 * (i % 10), 2.35 - 1.05 * (i // 10)
+        put(axes, image, x, y, 0.68)
+        axes.text(x + 0.34, y - 0.19, name.replace("_", " "), ha="center", fontsize=7.5)
+    axes.set(xlim=(0, 8), ylim=(0, 5.3))
+    return figure
+
+
+def draw_transforms(data_path):
+    """What each training transform does to one image of CIFAR-100."""
+    import timm.data
+    import utils
+    from torchvision import transforms
+    image = cifar_images(data_path, 8)["fox"][3]
+    to_tensor = transforms.ToTensor()
+    kinds = [("crop after padding", [transforms.RandomCrop(32, 4)]),
+             ("flip", [transforms.RandomHorizontalFlip(1.0)]),
+             ("RandAugment", [timm.data.auto_augment.rand_augment_transform("rand-m9-mstd0.5-inc1-mmax9", {})]),
+             ("random erasing", [to_tensor, timm.data.random_erasing.RandomErasing(1.0, mode="pixel",
+                                                                                 device="cpu")])]
+    figure, axes = canvas(8, 5)
+    put(axes, image, 0.1, 2.05, 1.2)
+    axes.text(0.7, 1.8, "the image", ha="center", fontsize=11)
+    for row, (name, steps) in enumerate(kinds):
+        y = 3.8 - 1.24 * row
+        axes.text(1.75, y + 0.5, name, fontsize=11, va="center")
+        for k in range(4):
+            utils.set_seed(k + 20)
+            done = transforms.Compose(steps)(image)
+            pixels = done.permute(1, 2, 0).clamp(0, 1).numpy() if hasattr(done, "permute") else done
+            put(axes, pixels, 3.3 + 1.18 * k, y, 1.1)
+    axes.set(xlim=(0, 8), ylim=(0, 5))
+    return figure
+
+
+PICTURES = [draw_digits, draw_cifar100, draw_forgetting, draw_confusion, draw_exemplars, draw_norms,
+            draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp]
+PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
 
 
 def main():
-    images = ROOT / "tutorial/img"
-    images.mkdir(exist_ok=True)
-    draw_ablation("digits", "Digits, 4 + 2 + 2 + 2 classes, 30 exemplars, 10 seeds",
-                  images / "digits.png")
-    draw_ablation("cifar100", "CIFAR-100, 50 + 5 x 10 classes, 2,000 exemplars, 20 epochs a task",
-                  images / "cifar100.png")
-    for name in TEXTS:
-        path = ROOT / name
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_path", help="CIFAR-100 as a folder of images, for two pictures")
+    parser.add_argument("--seeds", nargs="+", type=Path, help="output directories: print mean ± std")
+    given = parser.parse_args()
+    if given.seeds:
+        found = [json.loads((folder / "results.json").read_text()) for folder in given.seeds]
+        print(table([f"{len(found)} runs", *(title for _, title in SUMMARY)],
+                    [summary((found[0]["method"],), found)]))
+        return
+    IMAGES.mkdir(exist_ok=True)
+    for draw in PICTURES:
+        draw().savefig(IMAGES / f"{draw.__name__[5:]}.png")
+    for draw in PICTURES_OF_CIFAR if given.data_path else ():
+        draw(given.data_path).savefig(IMAGES / f"{draw.__name__[5:]}.png")
+    for path in TEXTS:
         path.write_text(fill(path.read_text()))
 
 

@@ -1,0 +1,402 @@
+"""The chapters against the code: what they quote, run, link to and claim must be so.
+
+Each rule is a function from a text (and its place) to a list of complaints. One test applies all
+rules to all texts; another shows that each rule complains about a broken text.
+"""
+import ast
+import doctest
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHORT
+from PIL import Image
+
+import utils
+from tutorial import figures
+
+TEXTS = figures.TEXTS
+CHAPTERS = sorted((ROOT / "tutorial").glob("[0-9]*.md"))
+SOURCES = [path for path in ROOT.rglob("*.py") if "runs" not in path.parts and path.parent.name != "tests"]
+LAUNCHER = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
+            "--max-restarts", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+# ---- the rules -----------------------------------------------------------------------------
+
+def excerpts(text, path):
+    """Python is quoted verbatim from one source file; a line `...` skips lines of it."""
+    def found(pieces, source):
+        place = 0
+        for piece in pieces:
+            place = source.find("\n" + piece, place)
+            if place < 0:
+                return False
+            place += len(piece)
+        return True
+    sources = ["\n" + source.read_text() for source in SOURCES]
+    for block in blocks(text, "python"):
+        pieces = [piece for piece in re.split(r"(?m)^\s*\.\.\.\n", block) if piece]
+        if not any(found(pieces, source) for source in sources):
+            yield f"not in any source file: {block[:60]!r}"
+
+
+def demos(text, path):
+    """Python sessions give the results that they show."""
+    test = doctest.DocTestParser().get_doctest(
+        "\n".join(blocks(text, "pycon")), {}, path.name, str(path), 0)
+    said = []
+    state = torch.get_rng_state()
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.append)
+    torch.set_rng_state(state)
+    return said
+
+
+def commands(text, path):
+    """The flags of every command exist, and those of template.py have good values."""
+    for line in "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
+        line = line.split("#")[0].replace("$seed", "0")
+        for part in re.split(r";|&&|\bdo\b", line):
+            words = shlex.split(part)
+            ours = [i for i, word in enumerate(words)
+                    if word.endswith(".py") or word.startswith("tutorial.")]
+            if not ours or words[0] == "cp":
+                continue
+            name, flags = words[ours[0]], words[ours[0] + 1:]
+            launcher = [word.split("=")[0] for word in words[:ours[0]] if word.startswith("--")]
+            yield from (f"{flag} is no flag of torchrun" for flag in launcher if flag not in LAUNCHER)
+            if name in ("template.py", "mine.py"):
+                try:
+                    utils.get_parser().parse_args(flags)
+                except SystemExit:
+                    yield f"does not parse: {part}"
+                continue
+            file = ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+            if not file.exists():
+                yield f"no file for {name}"
+                continue
+            source = file.read_text()
+            if "get_parser()" in source:
+                source += (ROOT / "utils.py").read_text()
+            yield from (f"{flag} is no flag of {name}" for flag in flags
+                        if flag.startswith("--") and f'"{flag.split("=")[0]}"' not in source)
+
+
+def flags(text, path):
+    """Every flag that a text mentions exists somewhere."""
+    known = set(re.findall(r'"(--[a-z]\w+)"', "".join(
+        source.read_text() for source in [*SOURCES, ROOT / "tests/benchmark.py"])))
+    for flag in sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - known - LAUNCHER - {"--help"}):
+        yield f"unknown flag {flag}"
+
+
+def links(text, path):
+    """Files exist; [`Name.part`](file.py) is in that file; pictures are small and described."""
+    for image, label, target in re.findall(r"(!?)\[([^\]]*)\]\(((?:[^()\s]|\([^()]*\))+)\)", text):
+        if target.startswith("http"):
+            continue
+        file = path.parent / target.split("#")[0]
+        if not file.exists():
+            yield f"no file {target}"
+        elif image and (not label or file.stat().st_size > 200_000):
+            yield f"picture {target}: no description, or above 200 kB"
+        elif target.endswith(".py") and not image:
+            name = label.strip("`")
+            tree = ast.parse(file.read_text())
+            names = {file.name}
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                    names.add(node.name)
+                    names |= {f"{node.name}.{child.name}" for child in node.body
+                              if isinstance(child, (ast.ClassDef, ast.FunctionDef))}
+            if label.startswith("`") and name not in names and Path(name).name != file.name:
+                yield f"no {name} in {target}"
+
+
+def tables(text, path):
+    """Every table and number that comes from a file is the one that figures.py writes."""
+    try:
+        if figures.fill(text) != text:
+            yield "python -m tutorial.figures would change it"
+    except (KeyError, ValueError, IndexError) as error:
+        yield f"cannot be filled in: {error!r}"
+    marks = re.findall(r"<!-- (?:table|value) .*? -->", text)
+    filled = re.findall(r"<!-- table \w+ -->\n\| |<!-- value \S+ \S+ -->\d", text)
+    if len(filled) != len(marks):
+        yield "a table or a value is empty or badly marked"
+
+
+def spread(text, path):
+    """What is measured over seeds (mean ± deviation) stands in a table from the files."""
+    for line in re.sub(r"<!-- table.*?<!-- end -->", "", text, flags=re.S).splitlines():
+        if re.search(r"\d\s*±\s*\d", line):
+            yield f"a measured number outside of the filled tables: {line[:60]}"
+
+
+def equations(text, path):
+    """Dollars come in pairs, and no macro is used that GitHub does not draw."""
+    plain = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    if plain.count("$") % 2:
+        yield "an odd number of $"
+    for macro in re.findall(r"\\(?:def|newcommand|operatorname|label|ref|bm|mathds)\b", plain):
+        yield f"{macro} is not drawn everywhere"
+
+
+RULES = [excerpts, demos, commands, flags, links, tables, spread, equations]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_text(path):
+    text = path.read_text()
+    assert [complaint for rule in RULES for complaint in rule(text, path)] == []
+
+
+BROKEN = {
+    excerpts: ["```python\nloss = F.cross_entropy(logits, labels)\n```\n",
+               "```python\n        self.model.train()\n    ...\nimport torch\n```\n"],  # wrong order
+    demos: ["```pycon\n>>> 1 + 1\n3\n```\n", "```pycon\n>>> import no_such_module\n```\n"],
+    commands: ["```bash\npython template.py --epochs 3\n```\n",
+               "```bash\npython template.py --lr -1\n```\n",
+               "```bash\ntorchrun --gpus=2 template.py\n```\n",
+               "```bash\npython -m tutorial.no_such_file\n```\n",
+               "```bash\npython -m tutorial.figures --no_such_flag\n```\n",
+               "```bash\nfor seed in 0 1; do python template.py --seeds $seed; done\n```\n"],
+    flags: ["use `--no_such_flag` for that"],
+    links: ["[x](no_such_file.md)", "[`CilModel.no_such_method`](../template.py)",
+            "![](img/stages.png)", "![x](img/no_such_picture.png)"],
+    tables: ["<!-- table digits -->\n| 99.9 |\n<!-- end -->\n", "<!-- table no_such -->\n<!-- end -->\n",
+             "<!-- table digits -->\n<!-- end -->\n",
+             "<!-- value digits_wa_seed* last_accuracy -->12.3<!-- end -->",
+             "<!-- value digits_wa_seed* last_accuracy --><!-- end -->",
+             "<!-- value digits_wa_seed* no_such_key -->12.3<!-- end -->"],
+    spread: ["WA reaches 99.9 ± 0.1."],
+    equations: ["one $ only", r"$\operatorname{argmax}$"],
+}
+
+
+@pytest.mark.parametrize("rule, text", [(rule, text) for rule in RULES for text in BROKEN[rule]])
+def test_each_rule_sees_a_broken_text(rule, text):
+    assert list(rule(text, CHAPTERS[0]))
+
+
+# ---- the tutorial as a whole ---------------------------------------------------------------
+
+def test_the_map_leads_to_every_chapter_and_each_to_the_next():
+    overview = (ROOT / "tutorial/README.md").read_text()
+    assert len(CHAPTERS) == 13
+    for number, (chapter, following) in enumerate(zip(CHAPTERS, [*CHAPTERS[1:], None]), 1):
+        text = chapter.read_text()
+        title = re.match(r"# (\d+)\. (.+)\n", text)
+        assert int(title[1]) == number and f"[{title[2]}]({chapter.name})" in overview
+        assert "## Objective\n" in text
+        if following:
+            assert re.search(rf"^Next: \[.+\]\({re.escape(following.name)}\)", text, re.M)
+    assert "(tutorial/README.md)" in (ROOT / "README.md").read_text()
+
+
+def test_every_picture_is_drawn_from_the_files_and_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "IMAGES", tmp_path)
+    monkeypatch.setattr(figures, "TEXTS", [])
+    monkeypatch.setattr("sys.argv", ["figures"])
+    figures.main()
+    drawn = {path.name for path in tmp_path.iterdir()}
+    drawn |= {f"{draw.__name__[5:]}.png" for draw in figures.PICTURES_OF_CIFAR}  # need the data
+    assert drawn == {path.name for path in (ROOT / "tutorial/img").iterdir()}
+    everything = "".join(path.read_text() for path in TEXTS)
+    assert all(f"img/{name}" in everything for name in drawn)
+
+
+def test_pictures_with_data(tmp_path, image_folder):
+    folder = image_folder(("fox", "wolf"), train=8, size=32)
+    for draw in figures.PICTURES_OF_CIFAR:
+        draw(folder).savefig(tmp_path / "picture.png")
+        assert np.asarray(Image.open(tmp_path / "picture.png")).std() > 10
+
+
+def test_results_files_tell_nothing_about_a_machine():
+    for path in (ROOT / "tutorial/results").glob("*.json"):
+        assert not re.search(r'"(/|[A-Z]:\\)', path.read_text()), path.name
+
+
+def test_mean_over_seeds_on_the_command_line(tmp_path, monkeypatch, capsys):
+    for seed, average in enumerate((90, 92)):
+        (tmp_path / f"run{seed}").mkdir()
+        (tmp_path / f"run{seed}/results.json").write_text(json.dumps({
+            "method": "mine", "average_incremental_accuracy": average, "last_accuracy": 80,
+            "forgetting": 5}))
+    monkeypatch.setattr("sys.argv", ["figures", "--seeds", *map(str, tmp_path.iterdir())])
+    figures.main()
+    assert "| mine | 91.0 ± 1.4 | 80.0 ± 0.0 | 5.0 ± 0.0 |" in capsys.readouterr().out
+
+
+# ---- the programs of the tutorial -----------------------------------------------------------
+
+def apply(diff, source):
+    """The source with a diff block applied; its context and `-` lines must occur exactly once."""
+    lines = diff.splitlines()
+    before = "".join(line[1:] + "\n" for line in lines if line[0] in " -")
+    after = "".join(line[1:] + "\n" for line in lines if line[0] in " +")
+    assert source.count(before) == 1, before
+    return source.replace(before, after)
+
+
+def run_file(folder, name, arguments):
+    """What `python NAME ARGUMENTS` does, inside an already started process."""
+    import runpy
+    import sys
+    sys.path.insert(0, str(folder))
+    sys.argv = [name, *arguments]
+    if name.endswith(".py"):
+        runpy.run_path(str(Path(folder) / name), run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__")
+
+
+@pytest.mark.parametrize("heading, extra", [
+    ("### 1.", ["--no_align"]), ("### 2.", []), ("### 3.", ["--backbone=tinynet"])])
+def test_the_changes_of_chapter_12_run(tmp_path, launch, heading, extra):
+    text = next(path for path in CHAPTERS if path.name.startswith("12")).read_text()
+    section = next(part for part in re.split(r"(?m)^(?=##)", text) if part.startswith(heading))
+    source = (ROOT / "template.py").read_text()
+    for diff in blocks(section, "diff"):
+        source = apply(diff, source)
+    assert source != (ROOT / "template.py").read_text()
+    (tmp_path / "mine.py").write_text(source)
+    started = launch(function=run_file, arguments=(tmp_path, "mine.py", [
+        *SHORT, *extra, "--output_dir=out"]), processes=2)
+    assert started.wait() == [0, 0], started.stderr()
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["method"] == "mine" and results["finished"] and len(results["acc1s"]) == 3
+
+
+def test_a_copy_is_wrong_if_a_diff_does_not_fit():
+    with pytest.raises(AssertionError):
+        apply("-        no such line\n+        x\n", (ROOT / "template.py").read_text())
+
+
+def test_feature_kd_runs_and_its_loss_is_its_formula(tmp_path, launch):
+    started = launch(function=run_file, arguments=(
+        ROOT, "tutorial.feature_kd", [*SHORT, "--feature_weight=2", "--output_dir=out"]))
+    assert started.wait() == [0], started.stderr()
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["method"] == "FeatureKD" and results["args"]["feature_weight"] == 2
+
+    from tutorial.feature_kd import FeatureKD
+    args = utils.get_parser().parse_args([])
+    utils.setup(args)
+    args.feature_weight = 2.0
+    trainer = FeatureKD(args)
+    trainer.model.expand(4)
+    trainer.teacher = trainer.model.copy().freeze()
+    trainer.parallel_model = trainer.model.eval()
+    for weight in trainer.model.backbone.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    images, targets = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+    loss, logits = trainer.compute_loss(images, targets)
+    with torch.no_grad():
+        a, b = (model(images)[1].double().numpy() for model in (trainer.model, trainer.teacher))
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    shifted = logits.detach().double() - logits.detach().double().logsumexp(1, keepdim=True)
+    expected = -shifted[range(6), targets].mean() + 2 * (1 - cosine).mean()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.fixture
+def small_run(tmp_path, image_folder, finish):
+    """A run over three of four classes of a folder: (folder of images, run directory)."""
+    whole = image_folder()  # red, green, blue, grey
+    shutil.copytree(whole, tmp_path / "three", ignore=shutil.ignore_patterns("grey"))
+    flags = ["--data_set=image_folder", f"--data_path={tmp_path / 'three'}", "--input_size=16",
+             "--backbone=resnet20", "--num_bases=2", "--increment=1", "--num_epochs=12",
+             "--batch_size=8", "--memory_size=12", "--num_workers=0", "--no_plots"]
+    finish(*flags, "--output_dir=old")
+    return whole, tmp_path / "old"
+
+
+def test_a_trained_model_classifies_and_grows(small_run, launch, tmp_path):
+    from tutorial.use import classify, load
+    whole, old = small_run
+    model, transform, names = load(old / "model.pt")
+    assert sorted(names) == ["blue", "green", "red"]
+    results = json.loads((old / "results.json").read_text())
+    hits = [classify(model, transform, names, Image.open(path))[0] == path.parent.name
+            for path in (tmp_path / "three/test").rglob("*.png")]
+    assert 100 * np.mean(hits) == pytest.approx(results["last_accuracy"])  # as in the run itself
+
+    picture = next((whole / "test/red").iterdir())
+    said = launch(function=run_file, arguments=(ROOT, "tutorial.use", [str(old / "model.pt"), str(picture)]))
+    assert said.wait() == [0] and re.fullmatch(r".*\.png: (red|green|blue) \(\d+ %\)\n", said.stdout())
+
+    grown = launch(function=run_file, processes=2, arguments=(ROOT, "tutorial.grow", [
+        f"--model={old / 'model.pt'}", f"--data_path={whole}", "--increment=1", "--num_epochs=2",
+        "--batch_size=8", "--memory_size=12", "--num_workers=0", "--no_plots", "--output_dir=new"]))
+    assert grown.wait() == [0, 0], grown.stderr()
+    new = json.loads((tmp_path / "new/results.json").read_text())
+    assert new["class_names"] == [*results["class_names"], "grey"] and new["increments"] == [3, 1]
+    assert new["acc1s"][0] == pytest.approx(results["last_accuracy"])  # loaded, not trained
+    saved = torch.load(tmp_path / "new/model.pt", weights_only=True)
+    heads = [v for name, v in saved["state_dict"].items() if "heads" in name and "weight" in name]
+    assert [len(head) for head in heads] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("module, arguments, message", [
+    ("tutorial.use", ["no_such.pt", "x.png"], "no_such.pt is no model.pt"),
+    ("tutorial.grow", ["--model=no_such.pt", "--data_path=."], "--model no_such.pt"),
+    ("tutorial.grow", ["--data_path=."], "--model")])
+def test_bad_input_of_the_programs_is_one_line(launch, module, arguments, message):
+    started = launch(function=run_file, arguments=(ROOT, module, arguments))
+    assert started.wait() == [2]
+    assert message in started.stderr() and started.stderr().count("\n") == 1
+
+
+def test_growing_needs_all_old_classes(small_run, launch, tmp_path):
+    whole, old = small_run
+    shutil.rmtree(whole / "train/red")
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.grow", [
+        f"--model={old / 'model.pt'}", f"--data_path={whole}", "--increment=1"]))
+    assert started.wait() == [2] and "lacks the old classes ['red']" in started.stderr()
+
+
+def test_measurements_of_a_run(small_run, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    from tutorial import measure
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    mine = SimpleNamespace(run=small_run[1], data_path=None)
+    measure.norms(mine)
+    found = json.loads((tmp_path / "norms_image_folder.json").read_text())
+    after, before = np.array(found["after"]), np.array(found["before"])
+    assert after[:2] == pytest.approx(before[:2])
+    assert after[2:].mean() == pytest.approx(after[:2].mean(), rel=1e-3)  # what alignment is for
+    assert before[2] * found["gamma"] == pytest.approx(after[2], rel=1e-3)
+
+    measure.exemplars(mine, draws=20)
+    found = json.loads((tmp_path / "exemplars_image_folder.json").read_text())
+    for distances in found["distance"].values():  # all images of the class: exactly its mean
+        assert len(distances) == found["images"] == 12 and distances[-1] == pytest.approx(0, abs=1e-4)
+    assert found["distance"]["herding"][3] <= found["distance"]["random"][3]
+
+    measure.ranks(mine, m=4, processes=2)
+    found = json.loads((tmp_path / "ranks_image_folder.json").read_text())
+    for row in found["rows"]:
+        union = row["different_images"]["2"]
+        assert row["different_images"]["1"] == 4 and union == pytest.approx(8 - 4 * row["shared_by_two"])
+
+
+def test_clipped_weights_are_never_negative():
+    from tutorial.measure import ClippedWA
+    args = utils.get_parser().parse_args([])
+    utils.setup(args)
+    trainer = ClippedWA(args)
+    trainer.model.expand(4)
+    trainer.parallel_model = trainer.model
+    trainer.compute_loss(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+    assert (trainer.model.fc.heads[0].weight >= 0).all()

@@ -1,0 +1,243 @@
+"""The measurements behind the chapters that no plain run makes. Each writes one file of results/.
+
+    python -m tutorial.measure norms RUN       # chapter 8: prototypes before and after alignment
+    python -m tutorial.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
+    python -m tutorial.measure ranks RUN       # chapter 4: what each rank would choose alone
+    python -m tutorial.measure speed           # chapter 11: where the time goes (CPU, minutes)
+    python -m tutorial.measure clipping        # chapter 8: ten runs with clipped weights, minutes
+
+RUN is the output directory of a finished run of template.py; if its data lie elsewhere now, say
+so with --data_path. With --data_path a run that was recorded on another machine can be measured.
+"""
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+
+import utils
+from template import CilTrainer, main as run_template
+from tutorial.use import load
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def write(name, content):
+    content["versions"] = {"torch": str(torch.__version__), "numpy": np.__version__}
+    short = json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 5))
+    (RESULTS / f"{name}.json").write_text(json.dumps(short) + "\n")
+    print(RESULTS / f"{name}.json")
+
+
+def load_run(mine):
+    """The arguments, results and trained model of a finished run, and its training scenario."""
+    results = json.loads((mine.run / "results.json").read_text())
+    args = argparse.Namespace(**results["args"])
+    args.data_path, args.device = mine.data_path or args.data_path, "cpu"
+    utils.setup(args)
+    model, _, _ = load(mine.run / "model.pt")
+    return args, results, model, utils.build_scenarios(args)[0]
+
+
+def norms(mine):
+    """|w_c| of every class after the last task; before alignment the newest were 1 / gamma longer."""
+    args, results, model, _ = load_run(mine)
+    after = torch.cat([head.weight for head in model.fc.heads]).norm(dim=1).tolist()
+    nb_new, gamma = results["increments"][-1], results["gammas"][-1]
+    before = after[:-nb_new] + [norm / gamma for norm in after[-nb_new:]]
+    write(f"norms_{args.data_set}", {"data_set": args.data_set, "seed": args.seed, "gamma": gamma,
+                                     "nb_new": nb_new, "before": before, "after": after})
+
+
+def exemplars(mine, draws=200):
+    """How close the mean of m exemplars comes to the class mean, for the first class learned, and
+    a flat picture (PCA) of its features with the first ten choices of herding."""
+    args, results, model, scenario = load_run(mine)
+    images = utils.ImageSet(scenario[0], args)
+    images = images.select(np.flatnonzero(images.y == 0))
+    features = torch.nn.functional.normalize(utils.extract_features(model, images, args))
+    mean, n = features.mean(0), len(features)
+    order = {"herding": utils.herding(features, n),
+             "cluster": (features - mean).norm(dim=1).argsort(stable=True)}
+
+    def distances(rows):  # of the mean of the first 1, 2, ..., n rows to the class mean
+        running = features[rows].cumsum(0) / torch.arange(1, n + 1)[:, None]
+        return (running - mean).norm(dim=1)
+
+    generator = torch.Generator().manual_seed(0)
+    random = torch.stack([distances(torch.randperm(n, generator=generator)) for _ in range(draws)])
+    flat = PCA(2, svd_solver="full").fit(features.numpy())
+    write(f"exemplars_{args.data_set}", {
+        "data_set": args.data_set, "class": results["class_names"][0], "images": n,
+        "distance": {**{name: distances(rows).tolist() for name, rows in order.items()},
+                     "random": random.mean(0).tolist()},
+        "random_std": random.std(0).tolist(), "draws": draws,
+        "points": flat.transform(features.numpy()).tolist(),
+        "mean": flat.transform(mean[None].numpy())[0].tolist(),
+        "explained": float(flat.explained_variance_ratio_.sum()),
+        "chosen": {name: rows[:10].tolist() for name, rows in order.items()}})
+
+
+def ranks(mine, m=20, processes=8):
+    """The naive way: every rank herds from features of its own augmented images. One process
+    plays all ranks, which differ in the seeds of their augmentations alone."""
+    args, results, model, scenario = load_run(mine)
+    new_data, rows = utils.ImageSet(scenario[len(results["increments"]) - 1], args), []
+    for aa in sorted({"none", args.aa, "rand-m9-mstd0.5-inc1-mmax9"}):
+        args.aa = aa
+        images = utils.ImageSet((new_data.x, new_data.y), args)
+        chosen = []  # of each rank: a set of rows for each class
+        for rank in range(processes):
+            seeds = np.random.SeedSequence([rank]).generate_state(len(images)).tolist()
+            sampler = list(zip(range(len(images)), seeds))
+            loader = torch.utils.data.DataLoader(images, 256, sampler=sampler)
+            with torch.no_grad(), utils.autocast(args):
+                features = torch.cat([model(x)[1].float() for x, _ in utils.to_device(loader, args)])
+            classes = [np.flatnonzero(images.y == label) for label in np.unique(images.y)]
+            chosen.append([set(c[utils.herding(features[c], m).numpy()]) for c in classes])
+        shared = [len(a & b) / m for one, other in itertools.combinations(chosen, 2)
+                  for a, b in zip(one, other)]
+        rows.append({"aa": aa, "shared_by_two": float(np.mean(shared)), "different_images": {
+            n: float(np.mean([len(set().union(*sets)) for sets in zip(*chosen[:n])]))
+            for n in (1, 2, 4, processes)}})
+    write(f"ranks_{args.data_set}", {"data_set": args.data_set, "m": m, "rows": rows,
+                                     "classes": results["increments"][-1]})
+
+
+class ClippedWA(CilTrainer):
+    """WA with the paper's weight clipping: after every step no weight of the classifier is < 0."""
+
+    def compute_loss(self, images, targets):
+        for head in self.model.fc.heads:  # before the next step is after the last one
+            head.weight.data.clamp_(min=0)
+        return super().compute_loss(images, targets)
+
+
+def clipping(mine):
+    for seed in range(10):
+        with tempfile.TemporaryDirectory() as folder:
+            run_template(utils.get_parser().parse_args(
+                [f"--seed={seed}", f"--output_dir={folder}/run", "--no_plots"]), ClippedWA)
+            record(Path(folder) / "run", f"digits_clipped_seed{seed}")
+
+
+def record(folder, name):
+    """Copy the results.json of a finished run, without the paths of the machine where it ran."""
+    results = json.loads((folder / "results.json").read_text())
+    assert results["finished"], folder
+    results["args"].update(output_dir=None, data_path="data", num_workers=None, resume=False)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results) + "\n")
+    print(RESULTS / f"{name}.json")
+
+
+def speed(mine, steps=20, rounds=3):
+    """Images per second of ResNet-32 on batches of 128 images of 32 x 32, one change at a time,
+    and the parts of a step. Alternating rounds, the median of each: the ratios are what counts."""
+    torch.manual_seed(0)
+    args = utils.get_parser().parse_args(["--data_set=cifar100", "--num_workers=0"])
+    utils.setup(args)
+    pixels = np.random.RandomState(0).randint(0, 256, (128 * steps, 32, 32, 3)).astype(np.uint8)
+    y = np.random.RandomState(1).randint(0, 50, len(pixels))
+
+    def make_step(layout, amp, compiled):
+        """One training step on a fixed batch, and the seconds of its parts."""
+        one = SimpleNamespace(**{**vars(args), "amp": amp, "compile": compiled, "aa": "none"})
+        trainer = CilTrainer(one)
+        trainer.model.expand(50)
+        trainer.model.to(memory_format=layout)
+        optimizer = torch.optim.SGD(trainer.model.parameters(), 0.01, 0.9)
+        trainer.parallel_model = utils.distribute(trainer.model, one)
+        images = torch.randn(128, 3, 32, 32).to(memory_format=layout)
+        targets = torch.from_numpy(y[:128])
+        trainer.model.train()
+
+        def step():
+            marks = [time.perf_counter()]
+            with utils.autocast(one):
+                loss, _ = trainer.compute_loss(images, targets)
+            marks.append(time.perf_counter())
+            optimizer.zero_grad()
+            loss.backward()
+            marks.append(time.perf_counter())
+            optimizer.step()
+            marks.append(time.perf_counter())
+            return np.diff(marks)
+        return step
+
+    nchw, nhwc = torch.contiguous_format, torch.channels_last
+    stages = {"float32, NCHW": make_step(nchw, "none", False),
+              "channels_last": make_step(nhwc, "none", False),
+              "channels_last + bf16": make_step(nhwc, "bf16", False),
+              "channels_last + bf16 + compile": make_step(nhwc, "bf16", True)}
+    parts, compile_seconds = {name: [] for name in stages}, 0
+    for name, step in stages.items():  # warm-up
+        before = time.perf_counter()
+        step(), step()
+        compile_seconds = time.perf_counter() - before  # of the last one, the compiled
+    for _ in range(rounds):
+        for name, step in stages.items():
+            parts[name].append(np.sum([step() for _ in range(steps)], axis=0) / steps)
+    compute = [{"what": name, "images_per_second": 128 / float(np.median([p.sum() for p in found])),
+                **dict(zip(("forward", "backward", "optimizer"),
+                           np.median(found, axis=0).tolist()))} for name, found in parts.items()]
+    loading = []
+    for aa, workers in itertools.product(("none", "rand-m9-mstd0.5-inc1-mmax9"), (0, 1, 2)):
+        one = argparse.Namespace(**{**vars(args), "aa": aa, "num_workers": workers})
+        loader = utils.train_loader(utils.ImageSet((pixels, y), one), one)
+        times = []
+        for _ in range(rounds):
+            for batch in loader:  # the workers' start is not counted: they persist
+                pass
+            begin = time.perf_counter()
+            for batch in loader:
+                pass
+            times.append(time.perf_counter() - begin)
+        loading.append({"aa": aa, "num_workers": workers,
+                        "images_per_second": len(pixels) / float(np.median(times))})
+    launches = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, image in enumerate(pixels):
+            path = Path(folder, "test" if i % 10 == 0 else "train", str(i // 10 % 10), f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        for processes in (1, 2):
+            threads, out = max(1, os.cpu_count() // processes), f"{folder}/{processes}"
+            subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                 "template.py", "--data_set=image_folder", f"--data_path={folder}",
+                 "--input_size=32", "--backbone=resnet32", "--num_epochs=4", "--memory_size=0",
+                 "--amp=bf16", "--num_workers=0", "--no_plots", f"--output_dir={out}"], check=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
+            done = json.loads(Path(out, "results.json").read_text())
+            launches.append({"processes": processes, "threads": threads,
+                             "images_per_second": done["images_per_second"]})
+    write("speed", {"launches": launches, "device": f"{os.cpu_count()} cores, {platform.machine()}", "batch_size": 128,
+                    "threads": torch.get_num_threads(), "compute": compute, "loading": loading,
+                    "compile_seconds": compile_seconds})
+
+
+def main():
+    measures = {f.__name__: f for f in (norms, exemplars, ranks, speed, clipping)}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=measures)
+    parser.add_argument("run", nargs="?", type=Path, help="output directory of a finished run")
+    parser.add_argument("--data_path", help="where the data of that run lie now")
+    mine = parser.parse_args()
+    if mine.what in ("norms", "exemplars", "ranks") and mine.run is None:
+        parser.error(f"{mine.what} needs the output directory of a finished run")
+    measures[mine.what](mine)
+
+
+if __name__ == "__main__":
+    main()

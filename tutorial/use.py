@@ -1,0 +1,50 @@
+"""Classify images with a trained model (chapter 13).
+
+    python -m tutorial.use runs/NAME/model.pt IMAGE [IMAGE ...]
+"""
+import argparse
+
+import torch
+
+import utils
+from template import CilModel
+
+
+def load(path):
+    """A trained model from model.pt. Returns (model, transform, class names): the transform turns
+    an RGB PIL image into (3, H, W), and name c is that of column c of the logits."""
+    try:  # weights_only: a file from a stranger runs no code
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        args = argparse.Namespace(**saved["args"])
+    except Exception as error:
+        utils.fail(f"{path} is no model.pt of a finished run ({type(error).__name__})")
+    args.device, args.distributed, args.pretrained = torch.device("cpu"), False, False
+    model = CilModel(utils.create_backbone(args))
+    for nb_classes in saved["increments"]:  # the shape first, then the weights
+        model.expand(nb_classes)
+    model.load_state_dict(saved["state_dict"])
+    names = saved["class_names"][:sum(saved["increments"])]
+    return model.freeze(), utils.build_transform(args, train=False), names
+
+
+@torch.no_grad()
+def classify(model, transform, names, image):
+    """The likeliest class of one RGB PIL image and its probability: (name, 0 to 1)."""
+    logits, _ = model(transform(image)[None])  # (1, classes)
+    probability, best = logits.softmax(dim=1)[0].max(dim=0)
+    return names[best], float(probability)
+
+
+if __name__ == "__main__":
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="model.pt of a finished run")
+    parser.add_argument("images", nargs="+")
+    given = parser.parse_args()
+    trained = load(given.model)
+    for path in given.images:
+        try:
+            picture = utils.open_image(path)
+        except OSError as error:
+            utils.fail(f"{path}: no image ({error})")
+        name, share = classify(*trained, picture)
+        print(f"{path}: {name} ({100 * share:.0f} %)")
