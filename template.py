@@ -76,8 +76,8 @@ class CilModel(nn.Module):
         # away and leaves the new classes as they are among themselves.
         norms = torch.cat([head.weight for head in self.fc.heads]).norm(dim=1)  # (known + new,)
         gamma = norms[:-nb_new].mean() / norms[-nb_new:].mean()
-        # Biases stay: the argument is about |w|, and without any bias digits came out the same.
-        # The paper also clips w at 0 after every step; on digits that did great harm.
+        # Biases stay as they are: the argument is about |w|. The paper also clips w at 0 after
+        # every step; on digits that did great harm (chapter 8).
         self.fc.heads[-1].weight *= gamma
         return float(gamma)
 

@@ -51,10 +51,10 @@ COMMON = dict(num_bases=0, increment=10, backbone="resnet32", input_size=32, bat
 IMAGENET = dict(backbone="resnet18", input_size=224, num_epochs=90, weight_decay=1e-4)
 PRESETS = {
     # 1,797 scans of 8x8 pixels that scikit-learn carries. With so few steps per task the dynamic
-    # lambda (0.67 to 0.8) would starve the new classes.
+    # lambda (0.67 to 0.8) would leave the labels too little to hold old and new classes apart.
     "digits": dict(num_bases=4, increment=2, backbone="resnet20", input_size=8, batch_size=32,
                    num_epochs=40, memory_size=30, lambda_kd=0.4, aa="none"),
-    "cifar100": dict(num_bases=50),  # the recipe of the paper and of most tables
+    "cifar100": dict(num_bases=50),  # the protocol of most tables
     "cifar10": dict(increment=2),
     "mnist": dict(increment=2, input_size=28, num_epochs=30, aa="none"),
     "fashion_mnist": dict(increment=2, input_size=28, num_epochs=50, aa="none"),
@@ -318,17 +318,18 @@ def load_data(args):
         for turn in (True, False):  # rank 0 downloads, then the others find the files there
             if (args.rank == 0) == turn:
                 with contextlib.redirect_stdout(sys.stderr):
-                    splits = [getattr(continuum_datasets, source)(
-                        args.data_path, train=train, download=turn).get_data()[:2]
-                        for train in (True, False)]
+                    found = [getattr(continuum_datasets, source)(
+                        args.data_path, train=train, download=turn) for train in (True, False)]
             if args.distributed:
                 dist.barrier()
     except Exception as error:
         fail(f"{args.data_set} is not in {args.data_path} and could not be downloaded ("
              f"{type(error).__name__}: {str(error)[:200]}): give --data_path a folder with its "
              "files, or with train/<class>/* and test/<class>/*", any_rank=True)
+    splits = [split.get_data()[:2] for split in found]
     splits = [(np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x, y) for x, y in splits]
-    return splits, [str(i) for i in np.unique(splits[0][1])]
+    names = getattr(getattr(found[0], "dataset", None), "classes", None)  # SVHN has none
+    return splits, names or [str(i) for i in np.unique(splits[0][1])]
 
 
 def get_class_order(args, nb_classes):
@@ -467,6 +468,8 @@ def train_loader(train_set, args):
     """Batches of batch_size / N images per rank. The incomplete last batch is left out, so the
     global batches hold the same images for every number N of processes."""
     sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
+    if len(train_set) < args.batch_size:
+        fail(f"--batch_size {args.batch_size}: there are only {len(train_set)} images to train on")
     return DataLoader(train_set, args.batch_size // args.world_size, sampler=sampler,
                       drop_last=True, num_workers=args.num_workers,
                       persistent_workers=args.num_workers > 0,
@@ -524,8 +527,8 @@ def create_backbone(args):
 def distribute(model, args):
     """The model as it is called in training: gradients averaged over all ranks, compiled or not.
 
-    Rank 0's parameters go to all ranks once, here. BatchNorm's running averages drift apart
-    during an epoch and are made equal at its end (`Run.end_epoch`).
+    Rank 0's parameters go to all ranks once, here. On the CPU BatchNorm's running averages drift
+    apart during an epoch and are made equal at its end (`Run.end_epoch`).
     """
     if args.distributed:
         on_gpu = [args.local_rank] if args.device.type == "cuda" else None
@@ -759,6 +762,8 @@ class Run:
         if found and not self.may_continue(self.dir):
             fail(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to continue "
                  "that run, or name another directory")
+        if found == ["results.json"] and (self.dir / ".launch").exists():
+            found = []  # our own run, ended before its first epoch: begin again
         if found and found[0] != "checkpoint.pt":
             fail(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on from; name "
                  "another --output_dir")
@@ -903,6 +908,10 @@ class Run:
                 "increments": self.increments[:trainer.task + 1],
                 "class_order": results["class_order"], "class_names": results["class_names"],
                 "state_dict": trainer.model.state_dict()})
+            if any(images.x.ndim == 1 for images in trainer.exemplars):  # paths: which to keep
+                kept = {results["class_names"][images.y[0]]: images.x.tolist()
+                        for images in trainer.exemplars if len(images)}
+                write_file(self.dir / "exemplars.json", json.dumps(kept, indent=1).encode())
             if args.plots:
                 for name, draw in ("accuracy", plot_accuracy), ("confusion", plot_confusion):
                     buffer = io.BytesIO()

@@ -198,6 +198,7 @@ def test_grey_arrays_from_a_package_work(finish, tmp_path):
                          "--backbone=resnet20", "--batch_size=40", "--num_bases=5", "--increment=5",
                          "--no_plots", "--num_workers=0", f"--output_dir=run{processes}", processes=processes)
         assert results["finished"] and results["increments"] == [5, 5]
+        assert sorted(results["class_names"])[0] == "0 - zero"  # torchvision's names
 
 
 # ---- the output directory ------------------------------------------------------------------

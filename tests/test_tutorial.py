@@ -22,7 +22,7 @@ from tutorial import figures
 
 TEXTS = figures.TEXTS
 CHAPTERS = sorted((ROOT / "tutorial").glob("[0-9]*.md"))
-SOURCES = [path for path in ROOT.rglob("*.py") if "runs" not in path.parts and path.parent.name != "tests"]
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "tutorial").glob("*.py")]
 LAUNCHER = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
             "--max-restarts", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
 
@@ -44,9 +44,12 @@ def excerpts(text, path):
             place += len(piece)
         return True
     sources = ["\n" + source.read_text() for source in SOURCES]
+    for language in re.findall(r"(?m)^```(.*)\n(?:(?!```).*\n)*```$", text):
+        if language not in ("python", "pycon", "bash", "diff", "math", "bibtex", ""):
+            yield f"a block in {language}: python is quoted, pycon run, bash parsed"
     for block in blocks(text, "python"):
         pieces = [piece for piece in re.split(r"(?m)^\s*\.\.\.\n", block) if piece]
-        if not any(found(pieces, source) for source in sources):
+        if not pieces or not any(found(pieces, source) for source in sources):
             yield f"not in any source file: {block[:60]!r}"
 
 
@@ -69,6 +72,9 @@ def commands(text, path):
             words = shlex.split(part)
             ours = [i for i, word in enumerate(words)
                     if word.endswith(".py") or word.startswith("tutorial.")]
+            if words and words[0] not in ("python", "torchrun", "srun", "pytest", "pip", "cp", "for",
+                                          "done") and "=" not in words[0]:
+                yield f"what is {words[0]}?"
             if not ours or words[0] == "cp":
                 continue
             name, flags = words[ours[0]], words[ours[0] + 1:]
@@ -85,10 +91,17 @@ def commands(text, path):
                 yield f"no file for {name}"
                 continue
             source = file.read_text()
-            if "get_parser()" in source:
-                source += (ROOT / "utils.py").read_text()
-            yield from (f"{flag} is no flag of {name}" for flag in flags
-                        if flag.startswith("--") and f'"{flag.split("=")[0]}"' not in source)
+            if "parser = utils.get_parser()" not in source:
+                yield from (f"{flag} is no flag of {name}" for flag in flags
+                            if flag.startswith("--") and f'"{flag.split("=")[0]}"' not in source)
+                continue
+            parser = utils.get_parser()  # of a method: the template's flags and its own
+            for flag in re.findall(r'parser.add_argument\("(--\w+)"', source):
+                parser.add_argument(flag)
+            try:
+                parser.parse_args(flags)
+            except SystemExit:
+                yield f"does not parse: {part}"
 
 
 def flags(text, path):
@@ -143,12 +156,16 @@ def spread(text, path):
 
 
 def equations(text, path):
-    """Dollars come in pairs, and no macro is used that GitHub does not draw."""
-    plain = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
-    if plain.count("$") % 2:
-        yield "an odd number of $"
-    for macro in re.findall(r"\\(?:def|newcommand|operatorname|label|ref|bm|mathds)\b", plain):
+    """Equations stand in ```math blocks, or in $`...`$ where Markdown would read \\ or _ as its own;
+    no macro is used that GitHub does not draw."""
+    for macro in re.findall(r"\\(?:def|newcommand|operatorname|label|ref|bm|mathds)\b", text):
         yield f"{macro} is not drawn everywhere"
+    plain = re.sub(r"```.*?```|\$`[^`]*`\$|`[^`]*`", "", text, flags=re.S)
+    if plain.count("$") % 2 or "$$" in plain:
+        yield "an odd number of $, or $$ in place of a math block"
+    for inside in re.findall(r"\$([^$]*)\$", plain):
+        if re.search(r"[\\_]", inside):
+            yield f"${inside}$ needs $`...`$"
 
 
 RULES = [excerpts, demos, commands, flags, links, tables, spread, equations]
@@ -162,12 +179,16 @@ def test_text(path):
 
 BROKEN = {
     excerpts: ["```python\nloss = F.cross_entropy(logits, labels)\n```\n",
-               "```python\n        self.model.train()\n    ...\nimport torch\n```\n"],  # wrong order
+               "```python\n        self.model.train()\n    ...\nimport torch\n```\n",  # wrong order
+               "```python\n...\n```\n", "```py\nimport torch\n```\n"],
     demos: ["```pycon\n>>> 1 + 1\n3\n```\n", "```pycon\n>>> import no_such_module\n```\n"],
     commands: ["```bash\npython template.py --epochs 3\n```\n",
                "```bash\npython template.py --lr -1\n```\n",
                "```bash\ntorchrun --gpus=2 template.py\n```\n",
                "```bash\npython -m tutorial.no_such_file\n```\n",
+               "```bash\npyhton template.py\n```\n",
+               "```bash\npython -m tutorial.measure speed --lr 0.1\n```\n",
+               "```bash\npython -m tutorial.grow --model x --increment -3\n```\n",
                "```bash\npython -m tutorial.figures --no_such_flag\n```\n",
                "```bash\nfor seed in 0 1; do python template.py --seeds $seed; done\n```\n"],
     flags: ["use `--no_such_flag` for that"],
@@ -179,7 +200,7 @@ BROKEN = {
              "<!-- value digits_wa_seed* last_accuracy --><!-- end -->",
              "<!-- value digits_wa_seed* no_such_key -->12.3<!-- end -->"],
     spread: ["WA reaches 99.9 ± 0.1."],
-    equations: ["one $ only", r"$\operatorname{argmax}$"],
+    equations: ["one $ only", r"$`\operatorname{argmax}`$", "$$x$$", r"$\theta$", "$w_c$"],
 }
 
 
@@ -213,6 +234,20 @@ def test_every_picture_is_drawn_from_the_files_and_used(tmp_path, monkeypatch):
     assert drawn == {path.name for path in (ROOT / "tutorial/img").iterdir()}
     everything = "".join(path.read_text() for path in TEXTS)
     assert all(f"img/{name}" in everything for name in drawn)
+    for path in tmp_path.iterdir():  # and the committed picture is the one that is drawn now
+        with Image.open(path) as new, Image.open(ROOT / "tutorial/img" / path.name) as old:
+            if new.info["Software"] == old.info["Software"]:  # the same matplotlib
+                assert np.array_equal(np.asarray(new), np.asarray(old)), path.name
+
+
+def test_every_group_of_runs_on_digits_has_ten_finished_seeds():
+    groups = {}
+    for path in (ROOT / "tutorial/results").glob("digits_*_seed*.json"):
+        name, seed = path.stem.rsplit("_seed", 1)
+        run = json.loads(path.read_text())
+        assert run["finished"] and run["args"]["seed"] == int(seed), path.name
+        groups.setdefault(name, set()).add(int(seed))
+    assert groups and all(seeds == set(range(10)) for seeds in groups.values()), groups
 
 
 def test_pictures_with_data(tmp_path, image_folder):
@@ -336,16 +371,26 @@ def test_a_trained_model_classifies_and_grows(small_run, launch, tmp_path):
     said = launch(function=run_file, arguments=(ROOT, "tutorial.use", [str(old / "model.pt"), str(picture)]))
     assert said.wait() == [0] and re.fullmatch(r".*\.png: (red|green|blue) \(\d+ %\)\n", said.stdout())
 
-    grown = launch(function=run_file, processes=2, arguments=(ROOT, "tutorial.grow", [
-        f"--model={old / 'model.pt'}", f"--data_path={whole}", "--increment=1", "--num_epochs=2",
-        "--batch_size=8", "--memory_size=12", "--num_workers=0", "--no_plots", "--output_dir=new"]))
-    assert grown.wait() == [0, 0], grown.stderr()
+    for step in ("--stop_after_task=1", "--resume"):  # ended before anything was trained
+        grown = launch(function=run_file, processes=2, arguments=(ROOT, "tutorial.grow", [
+            f"--model={old / 'model.pt'}", f"--data_path={whole}", "--increment=1", "--num_epochs=2",
+            "--batch_size=8", "--memory_size=12", "--num_workers=0", "--no_plots",
+            "--output_dir=new", step]))
+        assert grown.wait() == [0, 0], grown.stderr()
+        if step != "--resume":  # as if killed there
+            (tmp_path / "new/model.pt").unlink()
     new = json.loads((tmp_path / "new/results.json").read_text())
     assert new["class_names"] == [*results["class_names"], "grey"] and new["increments"] == [3, 1]
     assert new["acc1s"][0] == pytest.approx(results["last_accuracy"])  # loaded, not trained
     saved = torch.load(tmp_path / "new/model.pt", weights_only=True)
     heads = [v for name, v in saved["state_dict"].items() if "heads" in name and "weight" in name]
-    assert [len(head) for head in heads] == [2, 1, 1]
+    assert [len(head) for head in heads] == [3, 1]
+    model, transform, names = load(tmp_path / "new/model.pt")  # the result can be used again
+    assert names == new["class_names"] and classify(model, transform, names, Image.open(picture))
+
+    kept = json.loads((old / "exemplars.json").read_text())
+    assert set(kept) == {"red", "green", "blue"} and all(len(paths) == 4 for paths in kept.values())
+    assert all(Path(path).exists() for paths in kept.values() for path in paths)
 
 
 @pytest.mark.parametrize("module, arguments, message", [
@@ -360,10 +405,17 @@ def test_bad_input_of_the_programs_is_one_line(launch, module, arguments, messag
 
 def test_growing_needs_all_old_classes(small_run, launch, tmp_path):
     whole, old = small_run
+
+    def said(*flags):
+        started = launch(function=run_file, arguments=(ROOT, "tutorial.grow", [
+            f"--model={old / 'model.pt'}", "--increment=1", *flags]))
+        assert started.wait() == [2] and started.stderr().count("\n") == 1
+        return started.stderr()
+
+    assert "holds no new class" in said(f"--data_path={tmp_path / 'three'}")
+    assert "leave them out" in said(f"--data_path={whole}", "--num_bases=2")
     shutil.rmtree(whole / "train/red")
-    started = launch(function=run_file, arguments=(ROOT, "tutorial.grow", [
-        f"--model={old / 'model.pt'}", f"--data_path={whole}", "--increment=1"]))
-    assert started.wait() == [2] and "lacks the old classes ['red']" in started.stderr()
+    assert "lacks the old classes ['red']" in said(f"--data_path={whole}")
 
 
 def test_measurements_of_a_run(small_run, tmp_path, monkeypatch):
@@ -391,12 +443,32 @@ def test_measurements_of_a_run(small_run, tmp_path, monkeypatch):
         assert row["different_images"]["1"] == 4 and union == pytest.approx(8 - 4 * row["shared_by_two"])
 
 
-def test_clipped_weights_are_never_negative():
-    from tutorial.measure import ClippedWA
-    args = utils.get_parser().parse_args([])
+def test_the_variants_of_measure_do_what_they_say(tmp_path, launch):
+    from tutorial.measure import TSquaredWA
+    started = launch(function=run_clipped, arguments=([*SHORT, "--output_dir=out"],))
+    assert started.wait() == [0], started.stderr()
+    weights = torch.load(tmp_path / "out/model.pt", weights_only=True)["state_dict"]
+    heads = [weight for name, weight in weights.items() if "heads" in name and "weight" in name]
+    assert len(heads) == 3 and all((head >= 0).all() and (head == 0).any() for head in heads)
+
+    args = utils.get_parser().parse_args(["--temperature=3"])
     utils.setup(args)
-    trainer = ClippedWA(args)
+    trainer = TSquaredWA(args)
     trainer.model.expand(4)
-    trainer.parallel_model = trainer.model
-    trainer.compute_loss(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
-    assert (trainer.model.fc.heads[0].weight >= 0).all()
+    trainer.teacher, trainer.known_classes = trainer.model.copy().freeze(), 4
+    trainer.model.expand(2)
+    trainer.parallel_model = trainer.model.eval()
+    for weight in trainer.model.backbone.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    images, targets = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 5])
+    squared = trainer.compute_loss(images, targets)[0]
+    plain = super(TSquaredWA, trainer).compute_loss(images, targets)[0]
+    args.lambda_kd, fixed = 0, args.lambda_kd
+    ce = super(TSquaredWA, trainer).compute_loss(images, targets)[0]
+    assert float(squared) == pytest.approx(float((1 - fixed) * ce + 9 * (plain - (1 - fixed) * ce)), rel=1e-4)
+
+
+def run_clipped(flags):
+    from tutorial.measure import ClippedWA
+    from template import main
+    main(utils.get_parser().parse_args(flags), ClippedWA)

@@ -23,7 +23,7 @@ IMAGES = ROOT / "tutorial/img"
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "tutorial").rglob("*.md"))]
 matplotlib.rcParams.update({
     "font.size": 11, "figure.facecolor": "white", "axes.grid": True, "grid.alpha": 0.3,
-    "axes.axisbelow": True, "savefig.dpi": 110, "svg.hashsalt": "cil"})
+    "axes.axisbelow": True, "savefig.dpi": 110})
 GREY, RED, BLUE, PINK, GREEN, ORANGE = (
     "#777777", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00")  # told apart by everyone
 
@@ -66,7 +66,7 @@ def summary(label, runs):
 def summary_table(rows, head=("method", "flags")):
     """A row for each (label, flags, files): mean ± standard deviation over the seeds."""
     lines = [summary((label, f"`{flags}`" if flags else "none"), load(files))
-             for label, flags, files in rows if load(files)]
+             for label, flags, files in rows]
     return table([*head, *(title for _, title in SUMMARY)], lines, left=2)
 
 
@@ -83,12 +83,10 @@ def memory():
 
 
 def distillation():
-    run, = load("digits_t2_seed0")
-    flags = " ".join(f"--{name} {run['args'][name]:.4g}" for name in ("lambda_kd", "lr", "weight_decay"))
     return summary_table([
         ("no KD", "--lambda_kd 0", "digits_replay_align_seed*"),
         ("λ = 0.4", "", "digits_wa_seed*"),
-        ("λ = 0.4, with T²", flags, "digits_t2_seed*"),
+        ("λ = 0.4, times T² = 4", "", "digits_t2_seed*"),
         ("dynamic λ", "--lambda_kd dynamic", "digits_dynamic_seed*")], ("distillation", "flags"))
 
 
@@ -100,7 +98,7 @@ def clipping():
 def ideas():
     return summary_table([
         ("WA, `template.py` as it is", "", "digits_wa_seed*"),
-        ("1. balanced softmax for alignment", "--no_align", "digits_balanced_seed*"),
+        ("1. balanced softmax, no alignment", "--no_align", "digits_balanced_seed*"),
         ("2. uncertain exemplars", "", "digits_uncertain_seed*"),
         ("3. three convolutions", "--backbone tinynet", "digits_tiny_seed*"),
         ("`feature_kd.py`", "", "digits_feature_seed*")], ("idea", "flags"))
@@ -131,8 +129,9 @@ def matrix():
 
 def two_averages():
     """Averages with and without the first task: of the WA paper, and of our runs."""
-    curves = [(row["method"], row["acc1s"]) for row in load("published")[0]["rows"] if "acc1s" in row]
-    curves += [(f"here: {run['method']}, CIFAR-100, 20 epochs a task", run["acc1s"])
+    curves = [(f"{row['method']}, {row['protocol']}", row["acc1s"])
+              for row in load("published")[0]["rows"] if "acc1s" in row]
+    curves += [("WA (here, 20 epochs a task), base 50, increment 10", run["acc1s"])
                for run in load("cifar100_wa_seed0")]
     return table(["accuracy after each task", "", "average", "without the first"], [
         [name, ", ".join(f"{a:.1f}" for a in acc1s), f"{np.mean(acc1s):.1f}",
@@ -164,21 +163,19 @@ def published():
 
 
 def runs():
-    """What was run: command, seeds, machine."""
-    shown = ("data_set", "memory_size", "lambda_kd", "herding_method", "num_epochs", "aa", "amp", "lr",
-             "weight_decay", "backbone")
+    """What was run: the flags that differ from the preset, the seeds, the minutes of one run."""
     import utils
-    rows = []
-    groups = {}
+    rows, groups = [], {}
     for path in sorted((ROOT / "tutorial/results").glob("*_seed*.json")):
         groups.setdefault(path.stem.rsplit("_seed", 1)[0], []).append(json.loads(path.read_text()))
     for name, found in sorted(groups.items()):
-        args = found[0]["args"]
-        preset = {**utils.COMMON, **utils.PRESETS[args["data_set"]], "data_set": "digits",
-                  "herding_method": "barycenter", "amp": "none"}
-        flags = [f"--{key} {args[key]:.4g}" if isinstance(args[key], float) else f"--{key} {args[key]}"
-                 for key in shown if args[key] != preset[key]]
-        flags += [f"--{key}" for key in ("fixed_memory", "no_align") if args[key]]
+        args = {key: value for key, value in found[0]["args"].items() if key != "seed"}
+        assert all({**run["args"], "seed": 0} == {**args, "seed": 0} for run in found), name
+        preset = {**vars(utils.get_parser().parse_args([])), **utils.COMMON,
+                  **utils.PRESETS[args["data_set"]], "feature_weight": 1.0}
+        ours = {key: value for key, value in args.items() if value != preset[key]
+                and key not in ("data_path", "num_workers", "output_dir", "plots", "device")}
+        flags = [f"--{key}" if value is True else f"--{key} {value}" for key, value in ours.items()]
         seeds = [run["args"]["seed"] for run in found]
         rows.append([f"`{name}`", f"`{' '.join(flags)}`" if flags else "none",
                      f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else seeds[0],
@@ -256,7 +253,7 @@ def draw_ablation(data_set, title):
     figure, axes = new_figure()
     for name, label, _, colour in ABLATION:
         found = load(f"{data_set}_{name}_seed*")
-        if not found:
+        if not found:  # CIFAR-100 has no run with alignment alone
             continue
         curves = np.array([run["acc1s"] for run in found])
         classes = np.cumsum(found[0]["increments"])
@@ -385,7 +382,7 @@ def draw_speed():
                      color=[GREEN, BLUE, ORANGE, GREY][:len(rows)])
     axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.set(xlabel="images per second, compute alone", title="ResNet-32, 32 x 32 pixels, batch 128, "
-             f"{found['threads']} CPU cores")
+             f"{found['cores']} CPU cores")
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.12)
     return figure
@@ -518,13 +515,13 @@ def draw_ddp():
     """Who holds what on three ranks."""
     figure, axes = canvas(8, 4.4)
     rows = [("the whole model, same weights", BLUE, 3.3), ("all exemplars, the same", GREEN, 2.6),
-            ("{} of the global batch", ORANGE, 1.9), ("gradients of that share", RED, 1.2)]
+            ("{}", ORANGE, 1.9), ("gradients of that share", RED, 1.2)]
     for rank in range(3):
         x = 0.15 + 2.6 * rank
         axes.text(x + 1.2, 4.1, f"rank {rank}", ha="center", fontsize=12, weight="bold")
         for text, colour, y in rows:
             share = ("images 0, 3, 6, …", "images 1, 4, 7, …", "images 2, 5, 8, …")[rank]
-            box(axes, x, y, 2.35, 0.52, text.format(share).replace(" of the global batch", ""), colour)
+            box(axes, x, y, 2.35, 0.52, text.format(share), colour)
         arrow(axes, (x + 1.17, 1.15), (x + 1.17, 0.78))
     box(axes, 0.15, 0.22, 7.55, 0.5, "all-reduce: the mean of the gradients, the same on every rank, so the "
         "same step", PINK)
@@ -540,7 +537,7 @@ def cifar_images(data_path, per_class=1):
 
 
 def draw_data_sets(data_path):
-    """The digits, and one image from each of 40 classes of CIFAR-100."""
+    """The digits, and one image from each of thirty classes of CIFAR-100."""
     figure, axes = canvas(8, 5.3)
     for digit, images in enumerate(digit_samples()):
         for k in range(2):

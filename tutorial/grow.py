@@ -1,10 +1,11 @@
 """New classes for a model that was trained long ago (chapter 13).
 
     torchrun --nproc_per_node=2 -m tutorial.grow --model runs/OLD/model.pt --data_path DIR \
-        --increment 5 --memory_size 200
+        --increment 5 --memory_size 200 --batch_size 32
 
 DIR/train and DIR/test (or val) hold a folder for each class, old and new. Of an old class train/
-needs no more than the images that were kept as exemplars.
+needs no more than the exemplars: exemplars.json of the old run names them. Epochs, learning rate
+and the rest are flags as ever, with the preset of the old run's data set.
 """
 from pathlib import Path
 
@@ -18,13 +19,15 @@ class GrownWA(CilTrainer):
     """WA whose first task is a finished run: its weights are loaded, not trained."""
 
     def expand_model(self, nb_new, new_data):
-        """The first task gets the heads and the weights of the old model, others one more head."""
-        if self.task > 0:
-            return super().expand_model(nb_new, new_data)
-        saved = torch.load(self.args.model, map_location="cpu", weights_only=True)
-        for nb_classes in saved["increments"]:
-            super().expand_model(nb_classes, new_data)
-        self.model.load_state_dict(saved["state_dict"])
+        """The first task gets one head for all old classes, and the weights of the old model."""
+        super().expand_model(nb_new, new_data)
+        if self.task == 0:
+            saved = torch.load(self.args.model, map_location="cpu", weights_only=True)
+            weights = saved["state_dict"]
+            for kind in ("weight", "bias"):  # the old heads, one for each old task, become one
+                heads = [f"fc.heads.{i}.{kind}" for i in range(len(saved["increments"]))]
+                weights[f"fc.heads.0.{kind}"] = torch.cat([weights.pop(name) for name in heads])
+            self.model.load_state_dict(weights)
 
     def train_task(self, train_set):
         """Nothing to learn in the first task. Its exemplars are chosen as after any other."""
@@ -34,6 +37,10 @@ class GrownWA(CilTrainer):
 
 def continue_from(args):
     """Fill in what the old run decides: network, image size, and the old classes as first task."""
+    given = [name for name in ("num_bases", "backbone", "input_size") if getattr(args, name)]
+    if given or args.data_set != "digits" or args.class_order != "default":
+        utils.fail("--data_set, --class_order, --num_bases, --backbone and --input_size come from "
+                   "--model; leave them out")
     try:
         saved = torch.load(args.model, map_location="cpu", weights_only=True)
         old = saved["class_names"][:sum(saved["increments"])]
@@ -42,16 +49,19 @@ def continue_from(args):
     except Exception as error:
         utils.fail(f"--model {args.model} --data_path {args.data_path}: needs the model.pt of a "
                    f"finished run and a folder with train/<class>/* ({error})")
-    missing = [name for name in old if name not in folders]
-    if missing:
-        utils.fail(f"{args.data_path}/train lacks the old classes {missing[:5]}: keep some images "
-                   "of each, best the exemplars")
-    # The old classes keep their labels, so they come first, in the order in which they were learned.
-    args.class_order = [folders.index(name) for name in old]
-    args.class_order += [i for i, name in enumerate(folders) if name not in old]
-    args.num_bases = len(old)
     for name in ("data_set", "backbone", "input_size"):
         setattr(args, name, saved["args"][name])
+    if args.data_set == "digits":
+        utils.fail(f"{args.model} learned scikit-learn's digits, which are no folder of images: "
+                   "start from a run with --data_set image_folder")
+    missing, new = set(old) - set(folders), set(folders) - set(old)
+    if missing or not new:
+        utils.fail(f"{args.data_path}/train " + (
+            f"lacks the old classes {sorted(missing)[:5]}: keep some images of each, best the "
+            "exemplars" if missing else "holds no new class"))
+    # The old classes keep their labels: they come first, in the order in which they were learned.
+    args.class_order = [folders.index(name) for name in [*old, *sorted(new)]]
+    args.num_bases = len(old)
 
 
 if __name__ == "__main__":

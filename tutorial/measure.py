@@ -4,6 +4,7 @@
     python -m tutorial.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
     python -m tutorial.measure ranks RUN       # chapter 4: what each rank would choose alone
     python -m tutorial.measure speed           # chapter 11: where the time goes (CPU, minutes)
+    python -m tutorial.measure t2              # chapter 7: ten runs with the factor T^2, minutes
     python -m tutorial.measure clipping        # chapter 8: ten runs with clipped weights, minutes
 
 RUN is the output directory of a finished run of template.py; if its data lie elsewhere now, say
@@ -27,7 +28,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 import utils
-from template import CilTrainer, main as run_template
+from template import CilTrainer, knowledge_distillation, main as run_template
 from tutorial.use import load
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -66,10 +67,11 @@ def exemplars(mine, draws=200):
     args, results, model, scenario = load_run(mine)
     images = utils.ImageSet(scenario[0], args)
     images = images.select(np.flatnonzero(images.y == 0))
-    features = torch.nn.functional.normalize(utils.extract_features(model, images, args))
+    raw = utils.extract_features(model, images, args)
+    features = torch.nn.functional.normalize(raw)
     mean, n = features.mean(0), len(features)
-    order = {"herding": utils.herding(features, n),
-             "cluster": (features - mean).norm(dim=1).argsort(stable=True)}
+    order = {"herding": utils.herding(raw, n),  # as utils.select_exemplars chooses
+             "cluster": (raw - raw.mean(0)).norm(dim=1).argsort(stable=True)}
 
     def distances(rows):  # of the mean of the first 1, 2, ..., n rows to the class mean
         running = features[rows].cumsum(0) / torch.arange(1, n + 1)[:, None]
@@ -118,18 +120,45 @@ def ranks(mine, m=20, processes=8):
 class ClippedWA(CilTrainer):
     """WA with the paper's weight clipping: after every step no weight of the classifier is < 0."""
 
+    def train_epoch(self, loader, optimizer):
+        def clip(*_):
+            for head in self.model.fc.heads:
+                head.weight.data.clamp_(min=0)
+        hook = optimizer.register_step_post_hook(clip)
+        averages = super().train_epoch(loader, optimizer)
+        hook.remove()
+        return averages
+
+
+class TSquaredWA(CilTrainer):
+    """WA with (1 - lambda) CE + lambda T^2 KD, as in Hinton's paper; lambda must be a number."""
+
     def compute_loss(self, images, targets):
-        for head in self.model.fc.heads:  # before the next step is after the last one
-            head.weight.data.clamp_(min=0)
-        return super().compute_loss(images, targets)
+        logits, _ = self.parallel_model(images)
+        loss = torch.nn.functional.cross_entropy(logits, targets)
+        if self.teacher is not None:
+            weight, T = self.args.lambda_kd, self.args.temperature
+            soft, _ = self.teacher(images)
+            kd = knowledge_distillation(logits[:, :self.known_classes], soft, T)
+            loss = (1 - weight) * loss + weight * T ** 2 * kd
+        return loss, logits
 
 
-def clipping(mine):
+def ten_seeds(Trainer, name):
+    """Runs of the default command with another trainer, seeds 0 to 9."""
     for seed in range(10):
         with tempfile.TemporaryDirectory() as folder:
             run_template(utils.get_parser().parse_args(
-                [f"--seed={seed}", f"--output_dir={folder}/run", "--no_plots"]), ClippedWA)
-            record(Path(folder) / "run", f"digits_clipped_seed{seed}")
+                [f"--seed={seed}", f"--output_dir={folder}/run", "--no_plots", "--device=cpu"]), Trainer)
+            record(Path(folder) / "run", f"digits_{name}_seed{seed}")
+
+
+def clipping(mine):
+    ten_seeds(ClippedWA, "clipped")
+
+
+def t2(mine):
+    ten_seeds(TSquaredWA, "t2")
 
 
 def record(folder, name):
@@ -145,14 +174,16 @@ def speed(mine, steps=20, rounds=3):
     """Images per second of ResNet-32 on batches of 128 images of 32 x 32, one change at a time,
     and the parts of a step. Alternating rounds, the median of each: the ratios are what counts."""
     torch.manual_seed(0)
-    args = utils.get_parser().parse_args(["--data_set=cifar100", "--num_workers=0"])
+    args = utils.get_parser().parse_args(["--data_set=cifar100", "--num_workers=0", "--device=cpu"])
     utils.setup(args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(cores)
     pixels = np.random.RandomState(0).randint(0, 256, (128 * steps, 32, 32, 3)).astype(np.uint8)
     y = np.random.RandomState(1).randint(0, 50, len(pixels))
 
     def make_step(layout, amp, compiled):
         """One training step on a fixed batch, and the seconds of its parts."""
-        one = SimpleNamespace(**{**vars(args), "amp": amp, "compile": compiled, "aa": "none"})
+        one = SimpleNamespace(**{**vars(args), "amp": amp, "compile": compiled})
         trainer = CilTrainer(one)
         trainer.model.expand(50)
         trainer.model.to(memory_format=layout)
@@ -205,30 +236,30 @@ def speed(mine, steps=20, rounds=3):
             times.append(time.perf_counter() - begin)
         loading.append({"aa": aa, "num_workers": workers,
                         "images_per_second": len(pixels) / float(np.median(times))})
-    launches = []
     with tempfile.TemporaryDirectory() as folder:
         for i, image in enumerate(pixels):
             path = Path(folder, "test" if i % 10 == 0 else "train", str(i // 10 % 10), f"{i}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-        for processes in (1, 2):
-            threads, out = max(1, os.cpu_count() // processes), f"{folder}/{processes}"
+        rates = {1: [], 2: []}
+        for turn, processes in enumerate((1, 2) * rounds):
+            threads, out = max(1, cores // processes), f"{folder}/run{turn}"
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                 "template.py", "--data_set=image_folder", f"--data_path={folder}",
-                 "--input_size=32", "--backbone=resnet32", "--num_epochs=4", "--memory_size=0",
+                 "template.py", "--data_set=image_folder", f"--data_path={folder}", "--device=cpu",
+                 "--input_size=32", "--backbone=resnet32", "--num_epochs=3", "--memory_size=0",
                  "--amp=bf16", "--num_workers=0", "--no_plots", f"--output_dir={out}"], check=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
-            done = json.loads(Path(out, "results.json").read_text())
-            launches.append({"processes": processes, "threads": threads,
-                             "images_per_second": done["images_per_second"]})
-    write("speed", {"launches": launches, "device": f"{os.cpu_count()} cores, {platform.machine()}", "batch_size": 128,
-                    "threads": torch.get_num_threads(), "compute": compute, "loading": loading,
+            log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+            rates[processes] += [line["images_per_second"] for line in log[1:]]  # 1: warm-up
+        launches = [{"processes": n, "threads": max(1, cores // n),
+                     "images_per_second": float(np.median(found))} for n, found in rates.items()]
+    write("speed", {"launches": launches, "machine": platform.machine(), "cores": cores, "batch_size": 128, "compute": compute, "loading": loading,
                     "compile_seconds": compile_seconds})
 
 
 def main():
-    measures = {f.__name__: f for f in (norms, exemplars, ranks, speed, clipping)}
+    measures = {f.__name__: f for f in (norms, exemplars, ranks, speed, t2, clipping)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=measures)
     parser.add_argument("run", nargs="?", type=Path, help="output directory of a finished run")

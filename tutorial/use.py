@@ -1,6 +1,14 @@
 """Classify images with a trained model (chapter 13).
 
     python -m tutorial.use runs/NAME/model.pt IMAGE [IMAGE ...]
+
+Or in a program:
+
+    from tutorial.use import classify, load
+    model, transform, names = load("runs/NAME/model.pt")
+    name, probability = classify(model, transform, names, utils.open_image("fox.png"))
+
+A backbone of your own must be registered first: import its file before you call load.
 """
 import argparse
 
