@@ -14,14 +14,27 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 
+class PaddedShortcut(nn.Module):
+    """Every `stride`-th pixel, and `channels` more channels of zeros."""
+
+    def __init__(self, channels, stride):
+        super().__init__()
+        self.channels, self.stride = channels, stride
+
+    def forward(self, x):
+        x = x[:, :, ::self.stride, ::self.stride]
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.channels))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions plus a shortcut: (batch, in, H, W) -> (batch, out, H/stride, W/stride).
 
-    The shortcut is a 1x1 convolution where the shape changes ("option B" of the paper).
+    Where the shape changes the shortcut is a 1x1 convolution ("option B" of the paper), or with
+    `pad` every second pixel with channels of zeros ("option A"), which has no weights.
     `last_relu=False` leaves out the ReLU after the addition, so the output can be negative.
     """
 
-    def __init__(self, in_channels, out_channels, stride=1, last_relu=True):
+    def __init__(self, in_channels, out_channels, stride=1, last_relu=True, pad=False):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -30,7 +43,9 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.last_relu = nn.ReLU(inplace=True) if last_relu else nn.Identity()
         self.shortcut = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
+        if pad and stride != 1:
+            self.shortcut = PaddedShortcut(out_channels - in_channels, stride)
+        elif stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
                 nn.BatchNorm2d(out_channels))
@@ -47,35 +62,44 @@ class CifarResNet(nn.Module):
     Args:
         depth: 20, 32, 44, 56, ...: six convolutions per block level, plus stem and head.
         num_classes: 0 gives features of shape (batch, 64); otherwise a linear head is added.
-        last_relu: False leaves out the very last ReLU (LUCIR and PODNet need signed features).
+        last_relu: False leaves out the very last ReLU, so that features can be negative.
+        signed: True leaves out every ReLU after an addition, uses padded shortcuts, starts each
+            block as its shortcut, and makes the last block a fourth stage ("resnet32_signed").
 
     Raises:
         ValueError: the depth is not 6n + 2, or an image is smaller than 8x8.
     """
 
     def __init__(self, depth, num_classes=1000, in_chans=3, global_pool="avg", drop_rate=0.0,
-                 last_relu=True):
+                 last_relu=True, signed=False):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"a CIFAR ResNet has 6n + 2 layers, not {depth}")
         blocks = (depth - 2) // 6
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self.num_features = self.head_hidden_size = 64
-        self.feature_info = [dict(num_chs=16 * 2 ** i, reduction=2 ** i, module=f"layer{i + 1}")
-                             for i in range(3)]
         self.stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1, bias=False),
                                   nn.BatchNorm2d(16), nn.ReLU(inplace=True))
-        self.layer1 = nn.Sequential(*[BasicBlock(16, 16) for _ in range(blocks)])
-        self.layer2 = nn.Sequential(BasicBlock(16, 32, stride=2),
-                                    *[BasicBlock(32, 32) for _ in range(blocks - 1)])
-        self.layer3 = nn.Sequential(BasicBlock(32, 64, stride=2),
-                                    *[BasicBlock(64, 64) for _ in range(blocks - 1)])
-        if not last_relu:
+        options = dict(last_relu=not signed, pad=signed)
+        self.layer1 = nn.Sequential(*[BasicBlock(16, 16, **options) for _ in range(blocks)])
+        self.layer2 = nn.Sequential(BasicBlock(16, 32, stride=2, **options),
+                                    *[BasicBlock(32, 32, **options) for _ in range(blocks - 1)])
+        self.layer3 = nn.Sequential(BasicBlock(32, 64, stride=2, **options),
+                                    *[BasicBlock(64, 64, **options) for _ in range(blocks - 1)])
+        if signed:
+            self.layer3, self.layer4 = self.layer3[:-1], self.layer3[-1:]
+        elif not last_relu:
             self.layer3[-1].last_relu = nn.Identity()
+        self.feature_info = [
+            dict(num_chs=channels, reduction=reduction, module=f"layer{i}") for i, (
+                channels, reduction) in enumerate(((16, 1), (32, 2), (64, 4), (64, 4)), 1)
+            if hasattr(self, f"layer{i}")]
         self.reset_classifier(num_classes, global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if signed and isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
 
     def get_classifier(self):
         return self.fc
@@ -87,16 +111,17 @@ class CifarResNet(nn.Module):
 
     def forward_intermediates(self, x, indices=None, norm=False, stop_early=False,
                               output_fmt="NCHW", intermediates_only=False):
-        """Feature maps of the stages, as in timm: (batch, 16, H, W), (batch, 32, H/2, W/2) and
-        (batch, 64, H/4, W/4). Returns (last map, list of maps), or the list alone."""
+        """Feature maps of the stages, as in timm: (batch, 16, H, W), (batch, 32, H/2, W/2),
+        (batch, 64, H/4, W/4) and, if signed, one more of that shape. Returns (last map, list of
+        maps), or the list alone."""
         if output_fmt != "NCHW":
             raise ValueError("a CIFAR ResNet has NCHW feature maps only")
-        wanted, last = feature_take_indices(3, indices)
+        wanted, last = feature_take_indices(len(self.feature_info), indices)
         x, maps = self.stem(x), []
-        for i, stage in enumerate((self.layer1, self.layer2, self.layer3)):
+        for i, info in enumerate(self.feature_info):
             if stop_early and i > last:
                 break
-            x = stage(x)
+            x = self.get_submodule(info["module"])(x)
             if i in wanted:
                 maps.append(x)
         return maps if intermediates_only else (x, maps)
@@ -104,7 +129,7 @@ class CifarResNet(nn.Module):
     def forward_features(self, x):
         if min(x.shape[-2:]) < 8:
             raise ValueError(f"a CIFAR ResNet needs images of 8x8 or more, not {tuple(x.shape)}")
-        return self.layer3(self.layer2(self.layer1(self.stem(x))))  # (batch, 64, H/4, W/4)
+        return self.forward_intermediates(x)[0]  # (batch, 64, H/4, W/4)
 
     def forward_head(self, x, pre_logits=False):
         x = self.global_pool(x)  # (batch, 64)
@@ -146,3 +171,9 @@ def resnet44(pretrained=False, **kwargs):
 def resnet56(pretrained=False, **kwargs):
     """ResNet-56 for small images, 0.86 M parameters."""
     return _create(56, pretrained, **kwargs)
+
+
+@register_model
+def resnet32_signed(pretrained=False, **kwargs):
+    """ResNet-32 without ReLU after additions and with padded shortcuts, 0.46 M parameters."""
+    return _create(32, pretrained, signed=True, **kwargs)

@@ -46,8 +46,8 @@ import resnet  # noqa: F401  (importing it makes resnet20 ... resnet56 known to 
 
 # Defaults by data set. A flag on the command line wins over the preset, the preset over COMMON.
 COMMON = dict(num_bases=0, increment=10, backbone="resnet32", input_size=32, batch_size=128,
-              num_epochs=170, lr=0.1, weight_decay=5e-4, memory_size=2000, lambda_kd="dynamic",
-              aa="rand-m9-mstd0.5-inc1-mmax9")
+              num_epochs=170, lr=0.1, weight_decay=5e-4, memory_size=2000, fixed_memory=False,
+              lambda_kd="dynamic", aa="rand-m9-mstd0.5-inc1-mmax9")
 IMAGENET = dict(backbone="resnet18", input_size=224, num_epochs=90, weight_decay=1e-4)
 PRESETS = {
     # 1,797 scans of 8x8 pixels that scikit-learn carries. With so few steps per task the dynamic
@@ -136,8 +136,8 @@ def get_parser():
     add("--backbone", help="any timm model, or resnet20/32/44/56 for small images")
     add("--pretrained", action="store_true", help="start from timm's pretrained weights")
     add("--memory_size", type=count, help="exemplars in total; 0: no replay")
-    add("--fixed_memory", action="store_true", help="memory_size / all classes exemplars for each "
-        "class from the start; without it, memory_size / classes so far")
+    add("--fixed_memory", action=argparse.BooleanOptionalAction, help="memory_size / all classes "
+        "exemplars for each class from the start; without it, memory_size / classes so far")
     add("--herding_method", default="barycenter", choices=["barycenter", "cluster", "random"])
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=natural, help="images per step over ALL processes")
@@ -176,7 +176,10 @@ def setup(args):
     names): nccl and one GPU per process where there is CUDA, gloo on the CPU, and no process
     group at all for a plain `python template.py`.
     """
-    for name, value in {**COMMON, **PRESETS[args.data_set]}.items():
+    # A method may bring presets: parser.set_defaults(presets={data set or "all": {flag: value}}).
+    own = vars(args).pop("presets", {})
+    own = {**own.get("all", {}), **own.get(args.data_set, {})}
+    for name, value in {**COMMON, **PRESETS[args.data_set], **own}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
@@ -541,6 +544,29 @@ def distribute(model, args):
     return model
 
 
+@contextlib.contextmanager
+def frozen(module):
+    """Inside, the module learns nothing: no gradients, and eval mode even if `train()` is called."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.eval().requires_grad_(False)
+    module.train = lambda mode=True: module
+    try:
+        yield
+    finally:
+        del module.train
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def global_mean(values, args):
+    """Mean of the values of all ranks together, where ranks may hold different numbers of them or
+    none. A loss: DDP divides gradients by the number of ranks, so this is multiplied by it."""
+    count = torch.tensor(float(values.numel()), device=values.device)
+    if args.distributed:
+        dist.all_reduce(count)
+    return values.sum() * args.world_size / count.clamp(min=1)
+
+
 class Meter:
     """The batches of one epoch, its loss and accuracy over all ranks, and a bar on rank 0.
 
@@ -577,8 +603,9 @@ class Meter:
 
 
 @torch.no_grad()
-def extract_features(model, image_set, args):
-    """Features of the clean images: (n, d) float32 on the CPU of every rank, the same bits.
+def extract_features(model, image_set, args, mirror=False):
+    """Features of the clean (or mirrored) images: (n, d) float32 on the CPU of every rank, the same
+    bits.
 
     Each rank computes its share, then all ranks get all rows in the order of the set.
     """
@@ -586,7 +613,7 @@ def extract_features(model, image_set, args):
     shard = [torch.zeros(0, model.fc.embed_dim, device=args.device)]
     for images, _ in clean_batches(image_set, args):
         with autocast(args):
-            shard.append(model(images)[1].float())
+            shard.append(model(images.flip(3) if mirror else images)[1].float())
     return gather(torch.cat(shard), len(image_set), args).cpu()
 
 
@@ -821,7 +848,7 @@ class Run:
             trainer.exemplars = [
                 ImageSet((np.array(x, dtype=object) if isinstance(x, list) else x.numpy(),
                           y.numpy()), self.args)
-                for x, y in saved["exemplars"]]
+                for x, y in saved["exemplars"][:trainer.known_classes]]  # the new are chosen again
             self.results.update(saved["results"], args=self.args.config,
                                 world_size=self.args.world_size)
             self.images, self.train_seconds = saved["images"], saved["train_seconds"]

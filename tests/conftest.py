@@ -49,6 +49,17 @@ def run_template(flags):
     template.main(utils.get_parser().parse_args(flags))
 
 
+def run_file(folder, name, arguments):
+    """What `python NAME ARGUMENTS` does, inside an already started process."""
+    import runpy
+    sys.path.insert(0, str(folder))
+    sys.argv = [name, *arguments]
+    if name.endswith(".py"):
+        runpy.run_path(str(Path(folder) / name), run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__")
+
+
 class Launch:
     """One or more started processes with their output. `wait` returns the list of exit codes."""
 

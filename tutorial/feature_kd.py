@@ -22,8 +22,12 @@ class FeatureKD(CilTrainer):
         return loss, logits
 
 
-if __name__ == "__main__":
+def get_parser():
     parser = utils.get_parser()
     parser.add_argument("--feature_weight", type=utils.number(0), default=1.0,
                         help="weight of the distillation of features (1)")
-    main(parser.parse_args(), FeatureKD)
+    return parser
+
+
+if __name__ == "__main__":
+    main(get_parser().parse_args(), FeatureKD)

@@ -172,8 +172,8 @@ def runs():
         args = {key: value for key, value in found[0]["args"].items() if key != "seed"}
         assert all({**run["args"], "seed": 0} == {**args, "seed": 0} for run in found), name
         preset = {**vars(utils.get_parser().parse_args([])), **utils.COMMON,
-                  **utils.PRESETS[args["data_set"]], "feature_weight": 1.0}
-        ours = {key: value for key, value in args.items() if value != preset[key]
+                  **utils.PRESETS[args["data_set"]]}
+        ours = {key: value for key, value in args.items() if value != preset.get(key)
                 and key not in ("data_path", "num_workers", "output_dir", "plots", "device")}
         flags = [f"--{key}" if value is True else f"--{key} {value}" for key, value in ours.items()]
         seeds = [run["args"]["seed"] for run in found]
@@ -181,6 +181,28 @@ def runs():
                      f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else seeds[0],
                      f"{np.median([run['seconds'] for run in found]) / 60:.1f}"])
     return table(["files", "flags", "seeds", "minutes"], rows, left=3)
+
+
+def methods():
+    """Every method on the digits; iCaRL has two answers."""
+    rows = [summary((label, f"`{command}`"), load(f"digits_{name}_seed*")) for label, command, name in (
+        ("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.icarl", "icarl"),
+        ("LUCIR", "-m tutorial.lucir", "lucir"), ("PODNet", "-m tutorial.podnet", "podnet"),
+        ("LUCIR + AANets", "-m tutorial.aanets", "aanets_lucir"))]
+    found = [run["network_acc1s"] for run in load("digits_icarl_seed*")]
+    rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
+                    mean_std([accuracies[-1] for accuracies in found]), ""])
+    return table(["method", "command", *(title for _, title in SUMMARY)], rows, left=2)
+
+
+def base_50():
+    """Published averages of the methods; N further tasks after a base of half of the classes."""
+    rows = []
+    for row in load("published")[0]["base_50"]:
+        numbers = [f"{a:.1f}" for key in ("cifar100", "imagenet100") for a in (*row[key], *[np.nan] * 3)[:3]]
+        rows.append([row["method"], *(number.replace("nan", "") for number in numbers), row["source"]])
+    return table(["method", *(f"{data}, N = {n}" for data in ("CIFAR-100", "ImageNet-Subset") for n in (5, 10, 25)),
+                  "source"], rows)
 
 
 def ranks():
@@ -220,7 +242,7 @@ def processes():
 
 TABLES = {f.__name__: f for f in (
     digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
-    runs, ranks, speed, loading, processes)}
+    runs, ranks, speed, loading, processes, methods, base_50)}
 
 
 def value(files, key):
@@ -528,6 +550,105 @@ def draw_ddp():
     return figure
 
 
+def draw_icarl():
+    """Nearest mean of exemplars: an image belongs to the class whose mean is nearest."""
+    figure, axes = new_figure(7, 4)
+    draw = np.random.RandomState(2)
+    for colour, centre, name in ((BLUE, (0.9, 1.9), "old class"), (GREEN, (2.6, 2.3), "old class"),
+                                 (ORANGE, (2.3, 0.7), "new class")):
+        points = centre + 0.33 * draw.randn(6, 2)
+        axes.scatter(*points.T, color=colour, s=28, alpha=0.6, lw=0)
+        axes.plot(*points.mean(axis=0), marker="*", color=colour, ms=18, mec="k", ls="",
+                  label=f"exemplars of a{'n' * (name[0] == 'o')} {name}, and their mean")
+        axes.annotate("", points.mean(axis=0), (1.75, 1.35),
+                      arrowprops={"arrowstyle": "-", "ls": ":", "color": "k"})
+    axes.plot(1.75, 1.35, "kX", ms=11, ls="", label="features of a test image: to the nearest star")
+    axes.set(xlabel="first feature", ylabel="second feature", xlim=(0, 4.4), ylim=(0, 3.2), aspect="equal")
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return figure
+
+
+def draw_lucir():
+    """Cosines: all prototypes on a circle, and a margin between an exemplar's class and new ones."""
+    figure, both = new_figure(8, 4.1, 2, sharex=True, sharey=True)
+    angle = np.linspace(0, np.pi / 2, 100)
+    for axes, title in zip(both, ("lengths removed: only angles count", "margin ranking for an exemplar")):
+        axes.plot(np.cos(angle), np.sin(angle), color=GREY, lw=1)
+        axes.set(xlim=(0, 1.35), ylim=(0, 1.25), aspect="equal", title=title, xlabel="first feature")
+        for degrees, colour, name in ((68, BLUE, "old"), (25, ORANGE, "new")):
+            end = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
+            axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2.5})
+            axes.text(*(1.05 * end), f"{name} class", color=colour, fontsize=10)
+    both[0].set_ylabel("second feature")
+    for degrees, axes in ((50, both[0]), (57, both[1])):
+        end = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
+        axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": "k", "ls": "--"})
+        axes.text(*(1.03 * end), "φ(x)", fontsize=10)
+    for low, high, radius, colour, text in ((57, 68, 0.55, GREEN, "pull"), (25, 57, 0.75, RED, "push")):
+        arc = np.radians(np.linspace(low, high, 30))
+        both[1].plot(radius * np.cos(arc), radius * np.sin(arc), color=colour, lw=2.5)
+        both[1].text(radius * np.cos(arc[15]) * 0.78, radius * np.sin(arc[15]) * 0.8, text, color=colour,
+                     fontsize=10)
+    return figure
+
+
+def draw_podnet():
+    """Feature maps of old and new model are compared after sums over their width and height."""
+    figure, axes = canvas(8, 3.3)
+    draw = np.random.RandomState(1)
+    for y, name, colour in ((1.85, "teacher", GREY), (0.3, "student", BLUE)):
+        axes.text(0.1, y + 0.52, name, fontsize=11, color=colour, weight="bold")
+        for stage, size in enumerate((8, 4, 2)):
+            image = draw.rand(size, size)
+            x = 1.2 + 2.2 * stage
+            axes.imshow(image, extent=(x, x + 0.9, y, y + 0.9), cmap="viridis", interpolation="nearest")
+            axes.imshow(image.sum(axis=1)[:, None], extent=(x + 1.0, x + 1.15, y, y + 0.9), cmap="viridis")
+            axes.imshow(image.sum(axis=0)[None], extent=(x, x + 0.9, y - 0.25, y - 0.1), cmap="viridis")
+    for stage in range(3):
+        x = 1.2 + 2.2 * stage
+        axes.text(x + 0.45, 3.0, f"stage {stage + 1}", ha="center", fontsize=11)
+        arrow(axes, (x + 1.4, 1.75), (x + 1.4, 1.25), RED, style="<|-|>")
+        axes.text(x + 1.5, 1.45, "equal?", fontsize=9, color=RED)
+    axes.set(xlim=(0, 8), ylim=(0, 3.3))
+    return figure
+
+
+def draw_aanets():
+    """Two branches, mixed after each level by one number."""
+    figure, axes = canvas(8, 3)
+    axes.text(0.1, 1.45, "image", fontsize=11)
+    for level in range(3):
+        x = 1.05 + 2.15 * level
+        box(axes, x, 1.9, 1.05, 0.75, f"stable {level + 1}", GREY)
+        box(axes, x, 0.35, 1.05, 0.75, f"plastic {level + 1}", ORANGE)
+        arrow(axes, (x - 0.35, 1.5), (x, 2.2))
+        arrow(axes, (x - 0.35, 1.5), (x, 0.8))
+        arrow(axes, (x + 1.1, 2.2), (x + 1.55, 1.6))
+        arrow(axes, (x + 1.1, 0.8), (x + 1.55, 1.4))
+        axes.text(x + 1.38, 2.1, f"$\\alpha_{level + 1}$", fontsize=11)
+        axes.text(x + 1.3, 0.75, f"$1-\\alpha_{level + 1}$", fontsize=11)
+        axes.text(x + 1.62, 1.43, "+", fontsize=15, weight="bold", ha="center")
+    arrow(axes, (7.1, 1.5), (7.5, 1.5))
+    axes.text(7.05, 1.75, "features", fontsize=10)
+    return figure
+
+
+def draw_alphas():
+    """What the fusion weights become, task after task; the mean over the seeds."""
+    figure, axes = new_figure(7, 3.6)
+    found = load("digits_aanets_lucir_seed*")
+    values = np.array([run["alphas"] for run in found])  # (seeds, tasks - 1, levels)
+    for level in range(values.shape[2]):
+        axes.errorbar(np.arange(2, values.shape[1] + 2) + 0.04 * (level - 1), values[:, :, level].mean(axis=0),
+                      values[:, :, level].std(axis=0, ddof=1), marker="o", capsize=3, label=f"level {level + 1}",
+                      color=(BLUE, GREEN, ORANGE, PINK)[level])
+    axes.axhline(0.5, color="k", ls="--", lw=1)
+    axes.set(xlabel="tasks learned", ylabel="α, the share of the stable branch", title="LUCIR + AANets on digits",
+             xticks=range(2, values.shape[1] + 2))
+    axes.legend()
+    return figure
+
+
 def cifar_images(data_path, per_class=1):
     """{class name: [images]} from CIFAR-100 as a folder."""
     from PIL import Image
@@ -581,7 +702,8 @@ def draw_transforms(data_path):
 
 
 PICTURES = [draw_digits, draw_cifar100, draw_forgetting, draw_confusion, draw_exemplars, draw_norms,
-            draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp]
+            draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp,
+            draw_icarl, draw_lucir, draw_podnet, draw_aanets, draw_alphas]
 PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
 
 

@@ -64,9 +64,13 @@ def continue_from(args):
     args.num_bases = len(old)
 
 
-if __name__ == "__main__":
+def get_parser():
     parser = utils.get_parser()
     parser.add_argument("--model", required=True, help="model.pt of the finished run")
-    arguments = parser.parse_args()
+    return parser
+
+
+if __name__ == "__main__":
+    arguments = get_parser().parse_args()
     continue_from(arguments)
     main(arguments, GrownWA)

@@ -1,0 +1,502 @@
+"""The methods of the tutorial: losses against independent formulas, what must stay frozen, runs."""
+import ast
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHORT, read_results, run_file
+from test_core import lines_of_code
+from test_resume import same_model
+from torch.nn import functional as F
+
+import utils
+from tutorial import aanets, icarl, lucir, podnet
+
+METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=1", "--batch_size=16"],
+           "podnet": ["--num_epochs_ft=1", "--batch_size=16"],
+           "aanets": ["--baseline=lucir", "--fusion_lr=0.1"]}
+
+
+def make(Trainer, parser, *flags, known=4, new=2):
+    """A trainer in its second task, whose model has moved away from its teacher."""
+    args = parser.parse_args(list(flags))
+    utils.setup(args)
+    trainer = Trainer(args)
+    trainer.run = SimpleNamespace(increments=[known, new], results={"gammas": []})
+    trainer.task, trainer.nb_new = 0, known
+    trainer.expand_model(known, None)
+    trainer.teacher = trainer.model.copy().freeze()
+    trainer.task, trainer.nb_new, trainer.known_classes = 1, new, known
+    trainer.expand_model(new, images_of(range(known, known + new), args))
+    trainer.parallel_model = trainer.model.eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in trainer.model.backbone.parameters():
+        if weight.requires_grad:
+            weight.data += 0.03 * torch.randn(weight.shape, generator=generator)
+    return trainer
+
+
+def images_of(classes, args, each=12):
+    draw = np.random.RandomState(0)
+    y = np.repeat(np.array(list(classes)), each)
+    return utils.ImageSet((draw.randint(0, 256, (len(y), 8, 8, 3)).astype(np.uint8), y), args)
+
+
+BATCH = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+TARGETS = torch.tensor([0, 1, 2, 3, 4, 5, 0, 4])
+
+
+def outputs(model):
+    with torch.no_grad():
+        return [x.double().numpy() for x in model(BATCH)[:2]]
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def cosine(a, b):
+    return a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)[None]
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---- iCaRL ---------------------------------------------------------------------------------
+
+def test_icarl_sigmoid_loss_against_its_formula():
+    trainer = make(icarl.ICaRL, icarl.get_parser())
+    (z, _), (old, _) = outputs(trainer.model), outputs(trainer.teacher)
+    goal = np.eye(6)[TARGETS]
+    goal[:, :4] = 1 / (1 + np.exp(-old))
+    p = 1 / (1 + np.exp(-z))
+    expected = -(goal * np.log(p) + (1 - goal) * np.log(1 - p)).mean()
+    loss, logits = trainer.compute_loss(BATCH, TARGETS)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4) and logits.shape == (8, 6)
+    trainer.teacher, trainer.known_classes = None, 0  # the first task: plain one-hot targets
+    goal = np.eye(6)[TARGETS]
+    expected = -(goal * np.log(p) + (1 - goal) * np.log(1 - p)).mean()
+    assert float(trainer.compute_loss(BATCH, TARGETS)[0].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_icarl_softmax_loss_against_its_formula():
+    trainer = make(icarl.ICaRL, icarl.get_parser(), "--icarl_loss=softmax")
+    (z, _), (old, _) = outputs(trainer.model), outputs(trainer.teacher)
+    q, p = softmax(old / 2), softmax(z[:, :4] / 2)
+    expected = (-np.log(softmax(z)[range(8), TARGETS]).mean() + (q * np.log(q / p)).sum(axis=1).mean())
+    assert float(trainer.compute_loss(BATCH, TARGETS)[0].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("data_set, mirrored", [("digits", False), ("image_folder", True)])
+def test_nearest_mean_of_exemplars(monkeypatch, data_set, mirrored):
+    flags = [] if data_set == "digits" else [
+        "--data_set=image_folder", "--input_size=8", "--backbone=resnet20", "--num_workers=0"]
+    trainer = make(icarl.ICaRL, icarl.get_parser(), *flags)
+    trainer.exemplars = [images_of([c], trainer.args, each=5) for c in range(6)]
+    monkeypatch.setattr(utils, "evaluate", lambda trainer: {"acc1": 0.0})
+    trainer.finish_task()
+    means = []
+    for images in trainer.exemplars:
+        x = torch.stack([images[i][0] for i in range(5)])
+        views = [x, x.flip(3)] if mirrored else [x]
+        with torch.no_grad():
+            f = np.concatenate([trainer.model(view)[1].double().numpy() for view in views])
+        mean = (f / np.linalg.norm(f, axis=1, keepdims=True)).mean(axis=0)
+        means.append(mean / np.linalg.norm(mean))
+    np.testing.assert_allclose(trainer.means, means, atol=1e-5)
+    features = outputs(trainer.model)[1]
+    d = features / np.linalg.norm(features, axis=1, keepdims=True)
+    distances = ((d[:, None] - np.array(means)[None]) ** 2).sum(axis=2)
+    with torch.no_grad():
+        scores = trainer.predict(BATCH)
+    np.testing.assert_allclose(2 - 2 * scores, distances, atol=1e-5)  # largest score: nearest mean
+    model = trainer.model
+    trainer.model = lambda images: (model(images)[0], 7 * model(images)[1])  # only scaled features
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.predict(BATCH), scores)
+    trainer.means = trainer.means[:4]  # before the end of a task: the network's own answer
+    trainer.model = model
+    with torch.no_grad():
+        assert torch.equal(trainer.predict(BATCH), model(BATCH)[0])
+
+
+# ---- LUCIR ---------------------------------------------------------------------------------
+
+def margin_loss(cosines, targets, known, k, margin):
+    terms = []
+    for row, y in zip(cosines, targets):
+        if y < known:
+            terms += [max(0, margin - row[y] + rival) for rival in sorted(row[known:])[::-1][:k]]
+    return np.mean(terms) if terms else 0
+
+
+@pytest.mark.parametrize("new, k", [(2, 2), (1, 2), (3, 1)])
+def test_lucir_loss_against_its_formula(new, k):
+    trainer = make(lucir.LUCIR, lucir.get_parser(), f"--margin_k={k}", "--lambda_base=3", new=new)
+    trainer.model.fc.sigma.data.fill_(2.5)
+    targets = TARGETS.clamp(max=3 + new)
+    (z, f), (_, old_f) = outputs(trainer.model), outputs(trainer.teacher)
+    weights = torch.cat([head.weight for head in trainer.model.fc.heads]).detach().double().numpy()
+    cosines = cosine(f, weights)
+    np.testing.assert_allclose(z, 2.5 * cosines, atol=1e-5)
+    expected = (-np.log(softmax(2.5 * cosines)[range(8), targets]).mean()
+                + 3 * math.sqrt(4 / new) * (1 - np.diag(cosine(f, old_f))).mean()
+                + margin_loss(cosines, targets.numpy(), 4, k, 0.5))
+    assert float(trainer.compute_loss(BATCH, targets)[0].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_lucir_margin_without_exemplars_in_the_batch():
+    trainer = make(lucir.LUCIR, lucir.get_parser(), "--lambda_base=0")
+    z, _ = outputs(trainer.model)
+    targets = torch.full((8,), 5)
+    loss = trainer.compute_loss(BATCH, targets)[0]
+    assert float(loss.detach()) == pytest.approx(-np.log(softmax(z)[:, 5]).mean(), rel=1e-4)
+    loss.backward()
+
+
+def test_lucir_imprints_new_rows_and_freezes_old_ones():
+    trainer = make(lucir.LUCIR, lucir.get_parser())
+    images = images_of((4, 5), trainer.args)
+    start = trainer.teacher  # the weights before anything moved: features are those of imprinting
+    features = F.normalize(utils.extract_features(start, images, trainer.args), dim=1)
+    length = start.fc.heads[0].weight.norm(dim=1).mean()
+    for row, c in zip(trainer.model.fc.heads[1].weight, (4, 5)):
+        mean = features[torch.from_numpy(images.y == c)].mean(dim=0)
+        torch.testing.assert_close(row.detach(), length * F.normalize(mean, dim=0), rtol=1e-4, atol=1e-6)
+    trainer.compute_loss(BATCH, TARGETS)[0].backward()
+    assert trainer.model.fc.heads[0].weight.grad is None
+    assert trainer.model.fc.heads[1].weight.grad.abs().sum() > 0
+    assert trainer.model.fc.sigma.grad.abs() > 0
+
+
+def test_lucir_features_can_be_negative():
+    for backbone in ("resnet32", "resnet18", "resnet50"):
+        model = lucir.LUCIRModel(backbone).eval()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # timm starts the last ones at 0
+                torch.nn.init.ones_(module.weight)
+        with torch.no_grad():
+            assert model.backbone(torch.randn(4, 3, 64, 64)).min() < 0, backbone
+
+
+# ---- PODNet --------------------------------------------------------------------------------
+
+def test_pod_spatial_against_its_formula():
+    a, b = ([torch.randn(2, c, s, s, generator=torch.Generator().manual_seed(seed + c))
+             for c, s in ((3, 8), (5, 4))] for seed in (0, 10))
+    terms = []
+    for x, y in zip(a, b):
+        distances = []
+        for i in range(2):
+            pooled = []
+            for z in (x[i].double().numpy() ** 2, y[i].double().numpy() ** 2):
+                u = np.concatenate([z.sum(axis=2).ravel(), z.sum(axis=1).ravel()])
+                pooled.append(u / np.linalg.norm(u))
+            distances.append(np.linalg.norm(pooled[0] - pooled[1]))
+        terms.append(np.mean(distances))
+    assert float(podnet.pod_spatial(a, b)) == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_nca_in_both_forms():
+    z = torch.randn(8, 6, generator=torch.Generator().manual_seed(3)) * 3
+    q, y = z.double().numpy(), TARGETS.numpy()
+    others = np.exp(q).sum(axis=1) - np.exp(q)[range(8), y]
+    paper = np.maximum(0, np.log(others) - (q[range(8), y] - 0.6))
+    np.testing.assert_allclose(podnet.nca(z, TARGETS, 0.6), paper, rtol=1e-4, atol=1e-6)
+    for margin in (0, 0.6, 5):  # as the released code computes it: any margin, the same loss
+        shifted = q - margin
+        shifted = shifted - shifted.max(axis=1, keepdims=True)
+        denominator = np.exp(np.where(np.eye(6)[y] == 1, 0, shifted)).sum(axis=1)
+        released = -shifted[range(8), y] + np.log(denominator)
+        np.testing.assert_allclose(podnet.nca(z, TARGETS), released, rtol=1e-4)
+
+
+def test_podnet_classifier_against_its_formula():
+    torch.manual_seed(0)
+    classifier = podnet.LocalSimilarityClassifier(5)
+    classifier.expand(3)
+    classifier.eta.data.fill_(1.7)
+    features = torch.randn(4, 5)
+    f = features.double().numpy()
+    w = classifier.heads[0].weight.detach().double().numpy().reshape(3, podnet.PROXIES, 5)
+    expected = np.empty((4, 3))
+    for i in range(4):
+        for k in range(3):
+            r = np.array([-((f[i] / np.linalg.norm(f[i]) - p / np.linalg.norm(p)) ** 2).sum()
+                          for p in w[k]])
+            share = np.exp(r) / np.exp(r).sum()
+            expected[i, k] = 1.7 * (share * r).sum()
+    np.testing.assert_allclose(classifier(features).detach(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_podnet_loss_is_the_weighted_sum(form):
+    trainer = make(podnet.PODNet, podnet.get_parser(), f"--nca={form}", "--lambda_spatial=2",
+                   "--lambda_flat=5")
+    with torch.no_grad():
+        logits, f, maps = trainer.model(BATCH)
+        _, old_f, old_maps = trainer.teacher(BATCH)
+        assert [tuple(m.shape[1:]) for m in maps] == [(16, 8, 8), (32, 4, 4), (64, 2, 2), (64, 2, 2)]
+        margin = 0.6 * trainer.model.fc.eta if form == "paper" else None
+        flat = (1 - np.diag(cosine(f.double().numpy(), old_f.double().numpy()))).mean()
+        expected = (podnet.nca(logits, TARGETS, margin).mean() + math.sqrt(6 / 2) * (
+            2 * podnet.pod_spatial(old_maps, maps) + 5 * flat))
+    assert float(trainer.compute_loss(BATCH, TARGETS)[0].detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_podnet_new_proxies_are_cluster_centres_and_old_ones_frozen():
+    trainer = make(podnet.PODNet, podnet.get_parser())
+    old, new = trainer.model.fc.heads
+    length = old.weight.norm(dim=1).mean().item()
+    images = images_of((4, 5), trainer.args)
+    features = F.normalize(utils.extract_features(trainer.teacher, images, trainer.args), dim=1)
+    for k, c in enumerate((4, 5)):
+        centres = new.weight.detach()[10 * k:10 * (k + 1)] / length
+        own = features[torch.from_numpy(images.y == c)]
+        nearest = torch.cdist(own, centres).argmin(dim=1)
+        for p in range(10):  # a centre is the mean of the features that are nearest to it
+            torch.testing.assert_close(own[nearest == p].mean(dim=0), centres[p], rtol=1e-4, atol=1e-5)
+    trainer.compute_loss(BATCH, TARGETS)[0].backward()
+    assert old.weight.grad is None and new.weight.grad.abs().sum() > 0
+
+
+# ---- AANets --------------------------------------------------------------------------------
+
+def make_aanets(baseline="lucir", *flags):
+    module, Baseline = aanets.BASELINES[baseline]
+    return make(type("Dual", (aanets.AANets, Baseline), {}), aanets.get_parser(baseline), *flags)
+
+
+@pytest.mark.parametrize("baseline", ["lucir", "icarl", "podnet"])
+def test_two_equal_branches_are_one_network_for_any_alpha(baseline):
+    module, Baseline = aanets.BASELINES[baseline]
+    args = aanets.get_parser(baseline).parse_args([])
+    utils.setup(args)
+    trainer = type("Dual", (aanets.AANets, Baseline), {})(args)
+    trainer.task, trainer.nb_new = 0, 4
+    trainer.expand_model(4, None)
+    before = outputs(trainer.model.eval())
+    trainer.task, trainer.known_classes = 1, 4
+    trainer.expand_model(2, images_of((4, 5), args))
+    trainer.model.eval()
+    for values in ((0.5, 0.5, 0.5, 0.5), (0.1, 0.9, 0.3, 1.2)):
+        for alpha, value in zip(trainer.model.backbone.alphas, values):
+            alpha.data.fill_(value)
+        after = outputs(trainer.model)
+        np.testing.assert_allclose(after[0][:, :4], before[0], atol=2e-4)
+        np.testing.assert_allclose(after[1], before[1], atol=2e-4)
+
+
+def test_parameter_counts_of_the_published_networks():
+    def build(Model, backbone, sizes):
+        import timm
+        model = Model(timm.create_model(backbone, num_classes=0))
+        for size in sizes:
+            model.expand(size)
+        return model
+    assert parameters(build(lucir.LUCIRModel, "resnet32", [50])) == 469_457
+    assert parameters(build(lucir.LUCIRModel, "resnet32", [50, 50])) == 472_657
+    assert parameters(build(podnet.PODModel, "resnet32_signed", [100])) == 527_505
+    assert parameters(build(lucir.LUCIRModel, "resnet18", [100])) == 11_176_512 + 51_201
+    model = build(lucir.LUCIRModel, "resnet32", [100])
+    model.backbone = aanets.DualBackbone(model.backbone, ("ss", "free"), 0.5)
+    assert parameters(model) == 992_721 + 3
+    stable = model.backbone.stable
+    assert sum(p.numel() for p in stable.parameters() if p.requires_grad) == 56_272
+    model = build(lucir.LUCIRModel, "resnet18", [100])
+    model.backbone = aanets.DualBackbone(model.backbone, ("ss", "free"), 0.5)
+    assert parameters(model) == 23_797_057 + 4
+
+
+def alpha_pass(trainer):
+    """Balanced data and an optimizer; the baseline's own pass is left out."""
+    trainer.exemplars = [images_of([c], trainer.args, each=3) for c in range(4)]
+    trainer.run.results = {}
+    trainer.fit = lambda train_set, *_: None
+    trainer.train_task(images_of(range(4, 6), trainer.args))
+    assert sorted(trainer.balanced.y.tolist()) == sorted(list(range(6)) * 3)
+    optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
+    loader = SimpleNamespace(sampler=SimpleNamespace(epoch=3))
+    return loader, optimizer
+
+
+def test_alpha_moves_by_its_own_gradient_in_its_own_pass(monkeypatch):
+    trainer = make_aanets("lucir", "--fusion_lr=0.5")
+    loader, optimizer = alpha_pass(trainer)
+    alphas = trainer.model.backbone.alphas
+    assert trainer.run.results["alphas"] == [[0.5] * 3]
+    trainer.compute_loss(BATCH, TARGETS)[0].backward()  # the baseline's pass leaves alpha alone
+    assert all(alpha.grad is None for alpha in alphas)
+    monkeypatch.setattr(lucir.LUCIR, "train_epoch", lambda self, loader, optimizer: {}, raising=False)
+    batches = list(utils.to_device(utils.train_loader(trainer.balanced, SimpleNamespace(
+        **{**vars(trainer.args), "batch_size": 18})), trainer.args))
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    seen = []
+
+    def one_batch(*_):
+        seen.append(1)
+        return iter(batches[:1])
+    monkeypatch.setattr(utils, "to_device", one_batch)
+    trainer.train_epoch(loader, optimizer)
+    x, y = batches[0]
+    assert seen and len(y) == 18
+    after = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"backbone.alphas.{k}" for k in range(3)}
+    trainer.model.load_state_dict(before)
+    for k in range(3):  # against finite differences of the cross-entropy in eval mode
+        losses = []
+        for step in (1e-3, -1e-3):
+            alphas[k].data += step
+            with torch.no_grad():
+                losses.append(float(F.cross_entropy(trainer.model(x)[0].double(), y)))
+            alphas[k].data -= step
+        slope = (losses[0] - losses[1]) / 2e-3
+        moved = float(after[f"backbone.alphas.{k}"] - before[f"backbone.alphas.{k}"])
+        assert moved == pytest.approx(-0.5 * slope, rel=0.1, abs=1e-4)  # ReLUs have corners
+
+
+@pytest.mark.parametrize("flags", [["--fusion_lr=0"], ["--branch_mode=single"]])
+def test_alpha_can_stay_where_it_is(flags):
+    trainer = make_aanets("lucir", *flags)
+    trainer.exemplars, trainer.run.results = [], {}
+    trainer.fit = lambda *_: None
+    trainer.train_task(images_of(range(4, 6), trainer.args))
+    assert trainer.balanced is None
+    start = 1.0 if "single" in flags[0] else 0.5
+    assert trainer.run.results["alphas"] == [[start] * 3]
+    if start == 1:
+        assert not any(p.requires_grad for p in trainer.model.backbone.plastic.parameters())
+
+
+@pytest.mark.parametrize("kind", ["ss", "fixed", "free"])
+def test_what_a_branch_learns(kind):
+    import timm
+    torch.manual_seed(0)
+    branch = aanets.make_branch(timm.create_model("resnet20", num_classes=0), kind)
+    before = {name: x.clone() for name, x in branch.state_dict().items()}
+    if kind != "fixed":
+        optimizer = torch.optim.SGD([p for p in branch.parameters() if p.requires_grad], 0.1)
+        branch(BATCH).pow(2).sum().backward()
+        optimizer.step()
+    else:
+        branch(BATCH)
+    changed = {name for name, x in branch.state_dict().items() if not torch.equal(x, before[name])}
+    convolutions = {name for name, x in before.items() if x.ndim == 4 and x.shape[-1] == 3}
+    assert not kind == "ss" or not changed & convolutions  # bit-identical
+    assert any("running_mean" in name for name in changed)  # BatchNorm goes on averaging
+    assert any(".bn1.weight" in name for name in changed) == (kind != "fixed")
+    assert any(name.endswith(".scale") for name in changed) == (kind == "ss")
+
+
+# ---- runs ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_runs_on_two_processes(name, launch, tmp_path):
+    started = launch(function=run_file, processes=2, arguments=(ROOT, f"tutorial.{name}", [
+        *SHORT, *METHODS[name], "--output_dir=out"]))
+    assert started.wait() == [0, 0], started.stderr()
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["finished"] and results["gammas"] == []
+    if name == "icarl":
+        assert len(results["network_acc1s"]) == 3
+    if name == "aanets":
+        assert results["method"] == "LUCIR+AANets" and len(results["alphas"]) == 2
+        assert all(abs(a - 0.5) > 1e-5 for row in results["alphas"] for a in row)
+    stages = {json.loads(line)["stage"] for line in (tmp_path / "out/log.jsonl").read_text().splitlines()}
+    assert stages == ({1, 2} if "--num_epochs_ft=1" in METHODS[name] else {1})
+
+
+@pytest.mark.parametrize("baseline", ["icarl", "podnet"])
+def test_aanets_over_the_other_baselines(baseline, launch, tmp_path):
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.aanets", [
+        *SHORT, f"--baseline={baseline}", "--batch_size=16", "--output_dir=out"]))
+    assert started.wait() == [0], started.stderr()
+    assert json.loads((tmp_path / "out/results.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("name, epoch", [("icarl", 4), ("lucir", 5), ("podnet", 8), ("aanets", 4)])
+def test_each_method_can_be_killed_and_resumed(name, epoch, launch, tmp_path):
+    flags = [*SHORT, *METHODS[name]]
+    whole = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [*flags, "--output_dir=whole"]))
+    assert whole.wait() == [0], whole.stderr()
+    started = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [*flags, "--output_dir=run"]))
+    log = tmp_path / "run/log.jsonl"
+    while started.processes[0].is_alive():
+        if log.exists() and log.read_text().count("\n") >= epoch:
+            break
+    started.kill()
+    again = launch(function=run_file, arguments=(
+        ROOT, f"tutorial.{name}", [*flags, "--output_dir=run", "--resume"]))
+    assert again.wait() == [0], again.stderr()
+    assert read_results(tmp_path / "run") == read_results(tmp_path / "whole")
+    assert same_model(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_second_stage_moves_nothing_but_the_classifier(tmp_path):
+    for module, Trainer in ((lucir, lucir.LUCIR), (podnet, podnet.PODNet)):
+        trainer = make(Trainer, module.get_parser(), "--num_epochs_ft=1", "--memory_size=30",
+                       "--batch_size=8")
+        trainer.exemplars = [images_of([c], trainer.args, each=6) for c in range(4)]
+        stages = []
+
+        def fit(train_set, parameters, num_epochs, lr):
+            stages.append(sorted(set(train_set.y)))
+            if len(stages) == 1:
+                return
+            parameters = list(parameters)
+            trainer.model.train()
+            before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+            trainer.compute_loss(*next(iter(torch.utils.data.DataLoader(train_set, 8))))[0].backward()
+            torch.optim.SGD(parameters, 0.1).step()
+            changed = {name for name, x in trainer.model.state_dict().items()
+                       if not torch.equal(x, before[name])}
+            assert changed == {"fc.heads.0.weight", "fc.heads.1.weight"}
+        trainer.fit = fit
+        trainer.train_task(images_of(range(4, 6), trainer.args).join(trainer.exemplars))
+        assert stages[1] == list(range(6))
+        assert all(p.requires_grad for p in trainer.model.backbone.parameters())
+        trainer.model.train()
+        assert trainer.model.backbone.training  # everything learns again in the next task
+
+
+@pytest.mark.parametrize("name, flags, message", [
+    ("icarl", ["--memory_size=0"], "--memory_size 0"),
+    ("lucir", ["--backbone=mixer_s32_224", "--input_size=224"], "residual blocks"),
+    ("lucir", ["--margin_k=0"], "--margin_k"),
+    ("podnet", ["--backbone=vgg11"], "--backbone"),
+    ("podnet", ["--lambda_flat=-1"], "--lambda_flat"),
+    ("podnet", ["--batch_size=32", "--num_epochs=1"], "only 30 images to train on"),
+    ("aanets", ["--baseline=wa"], "--baseline"),
+    ("aanets", ["--fusion_lr=-1"], "--fusion_lr"),
+    ("aanets", ["--fusion_lr=nan"], "--fusion_lr"),
+    ("aanets", ["--memory_size=0", "--num_epochs=1"], "alpha learns from exemplars")])
+def test_bad_input_of_the_methods_is_one_line(name, flags, message, launch):
+    started = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [
+        "--no_plots", *flags, "--output_dir=out"]))
+    assert started.wait() == [2]
+    assert message in started.stderr() and started.stderr().count("\n") == 1, started.stderr()
+
+
+# ---- the rules of the house ----------------------------------------------------------------
+
+STEPS = {"expand_model", "train_task", "train_epoch", "compute_loss", "update_memory", "finish_task",
+         "predict"}
+# Lines of code at most. Those above 60 bring a network of their own; their chapters say so.
+LIMITS = {"icarl": 60, "lucir": 80, "podnet": 100, "aanets": 120, "feature_kd": 60, "grow": 60}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_methods_are_small_and_override_at_most_three_steps(name):
+    path = ROOT / f"tutorial/{name}.py"
+    assert lines_of_code(path)[0] <= LIMITS[name]
+    trainers = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+                and any(getattr(base, "id", "") == "CilTrainer" for base in node.bases)]
+    assert len(trainers) == 1
+    defined = {node.name for node in trainers[0].body if isinstance(node, ast.FunctionDef)}
+    assert defined <= STEPS and 1 <= len(defined) <= 3

@@ -1,0 +1,72 @@
+"""iCaRL: "Incremental Classifier and Representation Learning" (Rebuffi et al., CVPR 2017, arXiv
+1611.07725). Chapter 14.
+
+    torchrun --nproc_per_node=2 -m tutorial.icarl
+"""
+import torch
+import torch.nn.functional as F
+
+import utils
+from template import CilTrainer, knowledge_distillation, main
+
+
+class ICaRL(CilTrainer):
+    """Distillation by sigmoids, and classification by the nearest mean of exemplars (NME)."""
+
+    means = torch.zeros(0)  # (known + new, embed_dim) after `finish_task`
+
+    def compute_loss(self, images, targets):
+        """sigmoid: one-hot targets for new classes, the teacher's sigmoids for old ones (equation
+        of Algorithm 3). softmax: CE + KD, LUCIR's baseline of the name. Returns loss, logits."""
+        logits, _ = self.parallel_model(images)  # (batch, known + new)
+        soft = self.teacher(images)[0] if self.teacher is not None else logits[:, :0]
+        if self.args.icarl_loss == "softmax":
+            loss = F.cross_entropy(logits, targets)
+            if self.teacher is not None:  # the published weight beta T^2 is 0.25 * 2^2 = 1
+                loss = loss + knowledge_distillation(
+                    logits[:, :self.known_classes], soft, self.args.temperature)
+            return loss, logits
+        goal = F.one_hot(targets, logits.shape[1]).float()
+        # The teacher overrules the labels of the exemplars, too.
+        goal[:, :self.known_classes] = soft.sigmoid()
+        return F.binary_cross_entropy_with_logits(logits.float(), goal), logits
+
+    def finish_task(self):
+        """The mean feature of each class's exemplars, for the network as it is now."""
+        # A mirror image keeps its class on photos, not on digits.
+        views = utils.STATISTICS.get(self.args.data_set, utils.IMAGENET_STATISTICS)[2] + 1
+        means = []
+        for images in self.exemplars:  # every rank gets the features of all exemplars
+            features = [utils.extract_features(self.model, images, self.args, mirror=view)
+                        for view in (False, True)[:views]]
+            means.append(F.normalize(torch.cat(features), dim=1).mean(dim=0))
+        self.means = F.normalize(torch.stack(means), dim=1).to(self.args.device)
+        # The other answer, that of the network's logits, is recorded beside.
+        self.predict = super().predict
+        self.run.results.setdefault("network_acc1s", []).append(utils.evaluate(self)["acc1"])
+        del self.predict
+
+    def predict(self, images):
+        """Cosine of the features and each class mean: the largest is the nearest mean."""
+        logits, features = self.model(images)
+        if len(self.means) < logits.shape[1]:  # in the middle of a task
+            return logits
+        return F.normalize(features.float(), dim=1) @ self.means.T  # (batch, known + new)
+
+
+def get_parser():
+    parser = utils.get_parser()
+    parser.add_argument("--icarl_loss", default="sigmoid", choices=["sigmoid", "softmax"])
+    paper = dict(num_epochs=70, lr=2.0, weight_decay=5e-5, aa="none", fixed_memory=True)
+    parser.set_defaults(presets={
+        "digits": dict(lr=0.3), "cifar100": paper,
+        "imagenet100": dict(paper, num_epochs=60, weight_decay=1e-5)})
+    return parser
+
+
+if __name__ == "__main__":
+    arguments = get_parser().parse_args()
+    if arguments.memory_size == 0:
+        utils.fail("--memory_size 0: iCaRL classifies by its exemplars; give it at least one for "
+                   "each class")
+    main(arguments, ICaRL)

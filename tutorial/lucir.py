@@ -1,0 +1,110 @@
+"""LUCIR: "Learning a Unified Classifier Incrementally via Rebalancing" (Hou et al., CVPR 2019).
+Chapter 15.
+
+    torchrun --nproc_per_node=2 -m tutorial.lucir
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import utils
+from template import CilClassifier, CilModel, CilTrainer, main
+
+
+class CosineClassifier(CilClassifier):
+    """logits = sigma cos(phi(x), w_c): lengths play no part. One learnable sigma for all heads."""
+
+    def __init__(self, embed_dim):
+        super().__init__(embed_dim)
+        self.sigma = nn.Parameter(torch.ones(()))
+
+    def expand(self, nb_classes):
+        self.heads.append(nn.Linear(self.embed_dim, nb_classes, bias=False))
+
+    def forward(self, features):
+        with torch.autocast(features.device.type, enabled=False):  # 16 bits are too few here
+            weights = torch.cat([head.weight for head in self.heads])  # (known + new, embed_dim)
+            return self.sigma * F.normalize(features.float(), dim=1) @ F.normalize(weights, dim=1).T
+
+
+class LUCIRModel(CilModel):
+    """A cosine classifier on signed features: the backbone's very last ReLU is left out."""
+
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        self.fc = CosineClassifier(self.backbone.num_features)
+        names = ("last_relu", "act3", "act2")  # of our blocks, and of timm's two kinds
+        found = [(module, name) for module in self.backbone.modules() for name in names
+                 if hasattr(module, name)]
+        if not found:
+            utils.fail("this method needs a --backbone with residual blocks, such as resnet32")
+        last = found[-1][0]  # the last block; act3 comes after act2
+        setattr(last, next(name for module, name in found if module is last), nn.Identity())
+
+
+class LUCIR(CilTrainer):
+    """Less-forget constraint, margin ranking and imprinted weights, on cosines."""
+
+    model_class = LUCIRModel
+
+    def expand_model(self, nb_new, new_data):
+        """Freeze the old rows, and imprint: a new row starts as the mean direction of its class."""
+        super().expand_model(nb_new, new_data)
+        if self.known_classes == 0:
+            return
+        heads = self.model.fc.heads
+        heads[:-1].requires_grad_(False)
+        length = torch.cat([head.weight for head in heads[:-1]]).norm(dim=1).mean()
+        features = F.normalize(utils.extract_features(self.model, new_data, self.args), dim=1)
+        labels = torch.from_numpy(new_data.y)
+        means = torch.stack([features[labels == c].mean(dim=0) for c in labels.unique()])
+        heads[-1].weight.data = (length.detach() * F.normalize(means.to(length.device), dim=1))
+
+    def train_task(self, train_set):
+        """With --num_epochs_ft a second stage: the rows alone, on as many images of each class."""
+        super().train_task(train_set)
+        if self.args.num_epochs_ft and self.known_classes and self.args.memory_size:
+            self.update_memory(train_set.select(np.flatnonzero(train_set.y >= self.known_classes)))
+            rows = self.model.fc.heads.requires_grad_(True)
+            with utils.frozen(self.model.backbone):  # so a resumed run herds the same exemplars
+                self.fit(self.exemplars[0].join(self.exemplars[1:]), rows.parameters(),
+                         self.args.num_epochs_ft, self.args.lr_ft)
+
+    def compute_loss(self, images, targets):
+        """CE + lambda L_dis + L_mr. Returns the loss and the logits."""
+        logits, features = self.parallel_model(images)  # (batch, known + new), (batch, embed_dim)
+        loss = F.cross_entropy(logits, targets)
+        if self.teacher is None:
+            return loss, logits
+        # Less-forget: the features shall keep their direction, the more so the more is known.
+        _, old_features = self.teacher(images)
+        weight = self.args.lambda_base * math.sqrt(self.known_classes / self.nb_new)
+        loss = loss + weight * (1 - F.cosine_similarity(features, old_features)).mean()
+        # Margin ranking: for an exemplar, its class beats the K strongest new ones by a margin.
+        cosines = logits / self.model.fc.sigma
+        old = targets < self.known_classes
+        rivals = cosines[old, self.known_classes:].topk(min(self.args.margin_k, self.nb_new)).values
+        own = cosines[old].gather(1, targets[old, None])  # (exemplars in the batch, 1)
+        return loss + utils.global_mean((self.args.margin - own + rivals).relu(), self.args), logits
+
+
+def get_parser():
+    parser = utils.get_parser()
+    add = parser.add_argument_group("LUCIR").add_argument
+    add("--lambda_base", type=utils.number(0), help="weight of the less-forget constraint")
+    add("--margin", type=utils.number(0, 2), default=0.5, help="margin of cosines (0.5)")
+    add("--margin_k", type=utils.number(1, kind=int), default=2, help="strongest new classes (2)")
+    add("--num_epochs_ft", type=utils.number(0, kind=int), default=0, help="class-balanced epochs")
+    add("--lr_ft", type=utils.number(1e-12), default=0.01, help="their learning rate (0.01)")
+    paper = dict(aa="none", fixed_memory=True)
+    parser.set_defaults(no_align=True, presets={
+        "all": dict(lambda_base=5.0), "cifar100": dict(paper, num_epochs=160),
+        "imagenet100": dict(paper, num_epochs=90, lambda_base=10.0)})
+    return parser
+
+
+if __name__ == "__main__":
+    main(get_parser().parse_args(), LUCIR)
