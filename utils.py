@@ -471,10 +471,10 @@ def train_loader(train_set, args):
     """Batches of batch_size / N images per rank. The incomplete last batch is left out, so the
     global batches hold the same images for every number N of processes."""
     sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
-    if len(train_set) < args.batch_size:
-        fail(f"--batch_size {args.batch_size}: there are only {len(train_set)} images to train on")
-    return DataLoader(train_set, args.batch_size // args.world_size, sampler=sampler,
-                      drop_last=True, num_workers=args.num_workers,
+    size = min(args.batch_size, len(train_set)) // args.world_size  # of a small set: all of it
+    if size == 0:
+        fail(f"{len(train_set)} images cannot be shared by {args.world_size} processes")
+    return DataLoader(train_set, size, sampler=sampler, drop_last=True, num_workers=args.num_workers,
                       persistent_workers=args.num_workers > 0,
                       pin_memory=args.device.type == "cuda")
 

@@ -321,7 +321,7 @@ def alpha_pass(trainer):
     trainer.train_task(images_of(range(4, 6), trainer.args))
     assert sorted(trainer.balanced.y.tolist()) == sorted(list(range(6)) * 3)
     optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
-    loader = SimpleNamespace(sampler=SimpleNamespace(epoch=3))
+    loader, trainer.stage = SimpleNamespace(sampler=SimpleNamespace(epoch=3)), 0
     return loader, optimizer
 
 
@@ -342,6 +342,10 @@ def test_alpha_moves_by_its_own_gradient_in_its_own_pass(monkeypatch):
         seen.append(1)
         return iter(batches[:1])
     monkeypatch.setattr(utils, "to_device", one_batch)
+    trainer.stage = 1  # a second stage, such as PODNet's, leaves alpha alone
+    trainer.train_epoch(loader, optimizer)
+    assert not seen
+    trainer.stage = 0
     trainer.train_epoch(loader, optimizer)
     x, y = batches[0]
     assert seen and len(y) == 18
@@ -467,11 +471,11 @@ def test_the_second_stage_moves_nothing_but_the_classifier(tmp_path):
 
 @pytest.mark.parametrize("name, flags, message", [
     ("icarl", ["--memory_size=0"], "--memory_size 0"),
-    ("lucir", ["--backbone=mixer_s32_224", "--input_size=224"], "residual blocks"),
+    ("lucir", ["--backbone=mixer_s32_224", "--input_size=224"], "needs a ResNet"),
+    ("aanets", ["--baseline=icarl", "--backbone=ghostnet_050", "--input_size=32"], "needs a ResNet"),
     ("lucir", ["--margin_k=0"], "--margin_k"),
     ("podnet", ["--backbone=vgg11"], "--backbone"),
     ("podnet", ["--lambda_flat=-1"], "--lambda_flat"),
-    ("podnet", ["--batch_size=32", "--num_epochs=1"], "only 30 images to train on"),
     ("aanets", ["--baseline=wa"], "--baseline"),
     ("aanets", ["--fusion_lr=-1"], "--fusion_lr"),
     ("aanets", ["--fusion_lr=nan"], "--fusion_lr"),
@@ -481,6 +485,15 @@ def test_bad_input_of_the_methods_is_one_line(name, flags, message, launch):
         "--no_plots", *flags, "--output_dir=out"]))
     assert started.wait() == [2]
     assert message in started.stderr() and started.stderr().count("\n") == 1, started.stderr()
+    assert "task 1" not in started.stdout()  # before any training
+
+
+def test_the_second_stage_of_a_small_memory_takes_one_small_batch(launch, tmp_path):
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.podnet", [
+        *SHORT, "--batch_size=64", "--num_epochs_ft=1", "--output_dir=out"]))
+    assert started.wait() == [0], started.stderr()
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in log if line["stage"] == 2] == [28, 30]  # 4 of 7, 3 of 10
 
 
 # ---- the rules of the house ----------------------------------------------------------------

@@ -84,23 +84,23 @@ class AANets(CilTrainer):
 
     def expand_model(self, nb_new, new_data):
         """In the second task the network becomes two copies of itself."""
+        single = self.args.branch_mode == "single"
+        if not levels(self.model.backbone) and self.task == 0:
+            utils.fail(f"--backbone {self.args.backbone}: aanets needs a ResNet, such as resnet32")
+        if self.args.memory_size == 0 and self.args.fusion_lr and not single:
+            utils.fail("--memory_size 0: alpha learns from exemplars; or pass --fusion_lr 0")
         if self.task == 1:
-            if not levels(self.model.backbone):
-                utils.fail(f"--backbone {self.args.backbone}: aanets needs a ResNet with layer1, ...")
-            single = self.args.branch_mode == "single"
-            self.model.backbone = DualBackbone(
-                self.model.backbone, (self.args.branch_1, self.args.branch_2), 1.0 if single else 0.5)
+            kinds, alpha = (self.args.branch_1, self.args.branch_2), 1.0 if single else 0.5
+            self.model.backbone = DualBackbone(self.model.backbone, kinds, alpha)
             if single:  # alpha stays 1, so the second branch has no effect and learns nothing
                 self.model.backbone.plastic.requires_grad_(False)
         super().expand_model(nb_new, new_data)
 
     def train_task(self, train_set):
-        """Draw the balanced set for alpha: the old exemplars, and as many images of each new class."""
+        """Draw alpha's balanced set: the old exemplars, and as many images of each new class."""
         self.balanced = None
         if self.known_classes and self.args.fusion_lr and self.args.branch_mode == "dual":
-            m = min((len(images) for images in self.exemplars), default=0)
-            if m == 0:
-                utils.fail("--memory_size 0: alpha learns from exemplars; or pass --fusion_lr 0")
+            m = min(len(images) for images in self.exemplars)
             draw = np.random.RandomState([self.args.seed, self.task])  # the same on every rank
             new = [draw.permutation(np.flatnonzero(train_set.y == self.known_classes + c))[:m]
                    for c in range(self.nb_new)]
@@ -116,24 +116,22 @@ class AANets(CilTrainer):
         """The baseline's pass (alpha fixed), then alpha's (all else fixed): cross-entropy alone, in
         eval mode. Plain SGD, which has no state, so a resumed run loses nothing."""
         averages = super().train_epoch(loader, optimizer)
-        if self.balanced is None or not optimizer.param_groups[0]["lr"]:
+        if self.balanced is None or self.stage > 0:  # a second stage leaves the features alone
             return averages
         alphas = list(self.model.backbone.alphas)
         lr = self.args.fusion_lr * optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"]
-        args = copy.copy(self.args)
-        args.batch_size = min(args.batch_size, len(self.balanced)) // args.world_size * args.world_size
-        balanced = utils.train_loader(self.balanced, args)
+        balanced = utils.train_loader(self.balanced, self.args)
         balanced.sampler.set_epoch(loader.sampler.epoch)
         self.model.eval()
-        for images, targets in utils.to_device(balanced, args):
-            with torch.enable_grad(), utils.autocast(args):
+        for images, targets in utils.to_device(balanced, self.args):
+            with utils.autocast(self.args):
                 for alpha in alphas:
                     alpha.requires_grad_(True)
                 loss = F.cross_entropy(self.model(images)[0], targets)
             gradients = torch.stack(torch.autograd.grad(loss, alphas))  # of alpha and nothing else
-            if args.distributed:  # the bare model: average by hand
+            if self.args.distributed:  # the bare model: average by hand
                 dist.all_reduce(gradients)
-            for alpha, gradient in zip(alphas, gradients / args.world_size):
+            for alpha, gradient in zip(alphas, gradients / self.args.world_size):
                 alpha.requires_grad_(False).sub_(lr * gradient)
         return averages
 

@@ -36,13 +36,12 @@ class LUCIRModel(CilModel):
     def __init__(self, backbone):
         super().__init__(backbone)
         self.fc = CosineClassifier(self.backbone.num_features)
-        names = ("last_relu", "act3", "act2")  # of our blocks, and of timm's two kinds
-        found = [(module, name) for module in self.backbone.modules() for name in names
-                 if hasattr(module, name)]
-        if not found:
-            utils.fail("this method needs a --backbone with residual blocks, such as resnet32")
-        last = found[-1][0]  # the last block; act3 comes after act2
-        setattr(last, next(name for module, name in found if module is last), nn.Identity())
+        stages = [stage for name, stage in self.backbone.named_children() if name[:5] == "layer"]
+        relus = [name for name in ("last_relu", "act3", "act2")  # of our blocks, of timm's
+                 if stages and hasattr(stages[-1][-1], name)]
+        if not relus:
+            utils.fail("this method needs a ResNet as --backbone, such as resnet32 or resnet18")
+        setattr(stages[-1][-1], relus[0], nn.Identity())
 
 
 class LUCIR(CilTrainer):

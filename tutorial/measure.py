@@ -52,7 +52,7 @@ def load_run(mine):
 
 
 def norms(mine):
-    """|w_c| of every class after the last task; before alignment the newest were 1 / gamma longer."""
+    """|w_c| of each class after the last task; before alignment the new were 1 / gamma longer."""
     args, results, model, _ = load_run(mine)
     after = torch.cat([head.weight for head in model.fc.heads]).norm(dim=1).tolist()
     nb_new, gamma = results["increments"][-1], results["gammas"][-1]
@@ -105,7 +105,8 @@ def ranks(mine, m=20, processes=8):
             sampler = list(zip(range(len(images)), seeds))
             loader = torch.utils.data.DataLoader(images, 256, sampler=sampler)
             with torch.no_grad(), utils.autocast(args):
-                features = torch.cat([model(x)[1].float() for x, _ in utils.to_device(loader, args)])
+                batches = [model(x)[1].float() for x, _ in utils.to_device(loader, args)]
+            features = torch.cat(batches)
             classes = [np.flatnonzero(images.y == label) for label in np.unique(images.y)]
             chosen.append([set(c[utils.herding(features[c], m).numpy()]) for c in classes])
         shared = [len(a & b) / m for one, other in itertools.combinations(chosen, 2)
@@ -149,7 +150,8 @@ def ten_seeds(Trainer, name):
     for seed in range(10):
         with tempfile.TemporaryDirectory() as folder:
             run_template(utils.get_parser().parse_args(
-                [f"--seed={seed}", f"--output_dir={folder}/run", "--no_plots", "--device=cpu"]), Trainer)
+                [f"--seed={seed}", f"--output_dir={folder}/run", "--no_plots", "--device=cpu"]),
+                Trainer)
             record(Path(folder) / "run", f"digits_{name}_seed{seed}")
 
 
@@ -254,8 +256,9 @@ def speed(mine, steps=20, rounds=3):
             rates[processes] += [line["images_per_second"] for line in log[1:]]  # 1: warm-up
         launches = [{"processes": n, "threads": max(1, cores // n),
                      "images_per_second": float(np.median(found))} for n, found in rates.items()]
-    write("speed", {"launches": launches, "machine": platform.machine(), "cores": cores, "batch_size": 128, "compute": compute, "loading": loading,
-                    "compile_seconds": compile_seconds})
+    write("speed", {"machine": platform.machine(), "cores": cores, "batch_size": 128,
+                    "compute": compute, "compile_seconds": compile_seconds, "loading": loading,
+                    "launches": launches})
 
 
 def main():

@@ -59,7 +59,8 @@ def pod_spatial(old_maps, maps):
     def pooled(x):
         x = x.float().pow(2)
         return F.normalize(torch.cat([x.sum(3).flatten(1), x.sum(2).flatten(1)], dim=1), dim=1)
-    return sum((pooled(a) - pooled(b)).norm(dim=1).mean() for a, b in zip(old_maps, maps)) / len(maps)
+    distances = [(pooled(a) - pooled(b)).norm(dim=1).mean() for a, b in zip(old_maps, maps)]
+    return torch.stack(distances).mean()
 
 
 def nca(logits, targets, margin=None):
@@ -86,7 +87,8 @@ class PODNet(CilTrainer):
         heads = self.model.fc.heads
         heads[:-1].requires_grad_(False)
         length = torch.cat([head.weight for head in heads[:-1]]).norm(dim=1).mean().item()
-        features = F.normalize(utils.extract_features(self.model, new_data, self.args), dim=1).numpy()
+        features = utils.extract_features(self.model, new_data, self.args)
+        features = F.normalize(features, dim=1).numpy()
         centres = [KMeans(PROXIES, n_init=1, random_state=0).fit(features[new_data.y == c])
                    .cluster_centers_ for c in np.unique(new_data.y)]
         heads[-1].weight.data.copy_(length * torch.from_numpy(np.concatenate(centres)))
@@ -102,16 +104,16 @@ class PODNet(CilTrainer):
                          self.args.num_epochs_ft, self.args.lr_ft)
 
     def compute_loss(self, images, targets):
-        """NCA + factor (lambda_spatial POD-spatial + lambda_flat POD-flat). Returns loss, logits."""
+        """NCA + factor (lambda_spatial spatial + lambda_flat flat). Returns the loss and logits."""
         logits, features, maps = self.parallel_model(images)
         margin = 0.6 * self.model.fc.eta if self.args.nca == "paper" else None
         loss = nca(logits, targets, margin).mean()
         if self.teacher is not None:
             _, old_features, old_maps = self.teacher(images)
-            factor = math.sqrt(logits.shape[1] / self.nb_new)  # all classes so far, the new included
-            flat = (1 - F.cosine_similarity(features, old_features)).mean()
-            spatial = pod_spatial(old_maps, maps)
-            loss = loss + factor * (self.args.lambda_spatial * spatial + self.args.lambda_flat * flat)
+            factor = math.sqrt(logits.shape[1] / self.nb_new)  # all classes, the new included
+            spatial = self.args.lambda_spatial * pod_spatial(old_maps, maps)
+            flat = self.args.lambda_flat * (1 - F.cosine_similarity(features, old_features)).mean()
+            loss = loss + factor * (spatial + flat)
         return loss, logits
 
 
