@@ -101,7 +101,7 @@ def ideas():
         ("1. balanced softmax, no alignment", "--no_align", "digits_balanced_seed*"),
         ("2. uncertain exemplars", "", "digits_uncertain_seed*"),
         ("3. three convolutions", "--backbone tinynet", "digits_tiny_seed*"),
-        ("`feature_kd.py`", "", "digits_feature_seed*")], ("idea", "flags"))
+        ("`feature_kd.py`", "--feature_weight 1", "digits_feature_seed*")], ("idea", "flags"))
 
 
 def cifar100():
@@ -133,7 +133,7 @@ def two_averages():
               for row in load("published")[0]["rows"] if "acc1s" in row]
     curves += [("WA (here, 20 epochs a task), base 50, increment 10", run["acc1s"])
                for run in load("cifar100_wa_seed0")]
-    return table(["accuracy after each task", "", "average", "without the first"], [
+    return table(["method, protocol", "accuracy after each task", "average", "without the first"], [
         [name, ", ".join(f"{a:.1f}" for a in acc1s), f"{np.mean(acc1s):.1f}",
          f"{np.mean(acc1s[1:]):.1f}"] for name, acc1s in curves], left=2)
 
@@ -146,7 +146,7 @@ def awareness():
         agnostic = [run["accuracy_matrix"][-1] for run in runs]
         aware = [run["task_aware_matrix"][-1] for run in runs]
         rows.append([label, *(mean_std([np.mean(row) for row in kind]) for kind in (agnostic, aware))])
-    return table(["after the last task", "task-agnostic (%)", "task-aware (%)"], rows)
+    return table(["method", "task-agnostic (%)", "task-aware (%)"], rows)
 
 
 def published():
