@@ -469,7 +469,8 @@ class SeededSampler(DistributedSampler):
 
 def train_loader(train_set, args):
     """Batches of batch_size / N images per rank. The incomplete last batch is left out, so the
-    global batches hold the same images for every number N of processes."""
+    global batches hold the same images for every number N of processes that divides their size
+    (of a set smaller than a batch: all of it)."""
     sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
     size = min(args.batch_size, len(train_set)) // args.world_size  # of a small set: all of it
     if size == 0:

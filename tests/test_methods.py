@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import utils
 from tutorial import aanets, icarl, lucir, podnet
 
-METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=1", "--batch_size=16"],
-           "podnet": ["--num_epochs_ft=1", "--batch_size=16"],
+METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=2", "--batch_size=16"],
+           "podnet": ["--num_epochs_ft=2", "--batch_size=16"],
            "aanets": ["--baseline=lucir", "--fusion_lr=0.1"]}
 
 
@@ -30,7 +30,7 @@ def make(Trainer, parser, *flags, known=4, new=2):
     trainer.expand_model(known, None)
     trainer.teacher = trainer.model.copy().freeze()
     trainer.task, trainer.nb_new, trainer.known_classes = 1, new, known
-    trainer.expand_model(new, images_of(range(known, known + new), args))
+    trainer.expand_model(new, images_of(range(known, known + new), args, each=40))
     trainer.parallel_model = trainer.model.eval()
     generator = torch.Generator().manual_seed(0)
     for weight in trainer.model.backbone.parameters():
@@ -161,7 +161,7 @@ def test_lucir_margin_without_exemplars_in_the_batch():
 
 def test_lucir_imprints_new_rows_and_freezes_old_ones():
     trainer = make(lucir.LUCIR, lucir.get_parser())
-    images = images_of((4, 5), trainer.args)
+    images = images_of((4, 5), trainer.args, each=40)
     start = trainer.teacher  # the weights before anything moved: features are those of imprinting
     features = F.normalize(utils.extract_features(start, images, trainer.args), dim=1)
     length = start.fc.heads[0].weight.norm(dim=1).mean()
@@ -253,7 +253,7 @@ def test_podnet_new_proxies_are_cluster_centres_and_old_ones_frozen():
     trainer = make(podnet.PODNet, podnet.get_parser())
     old, new = trainer.model.fc.heads
     length = old.weight.norm(dim=1).mean().item()
-    images = images_of((4, 5), trainer.args)
+    images = images_of((4, 5), trainer.args, each=40)
     features = F.normalize(utils.extract_features(trainer.teacher, images, trainer.args), dim=1)
     for k, c in enumerate((4, 5)):
         centres = new.weight.detach()[10 * k:10 * (k + 1)] / length
@@ -319,7 +319,7 @@ def alpha_pass(trainer):
     trainer.run.results = {}
     trainer.fit = lambda train_set, *_: None
     trainer.train_task(images_of(range(4, 6), trainer.args))
-    assert sorted(trainer.balanced.y.tolist()) == sorted(list(range(6)) * 3)
+    assert sorted(trainer.balanced.dataset.y.tolist()) == sorted(list(range(6)) * 3)
     optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
     loader, trainer.stage = SimpleNamespace(sampler=SimpleNamespace(epoch=3)), 0
     return loader, optimizer
@@ -333,8 +333,7 @@ def test_alpha_moves_by_its_own_gradient_in_its_own_pass(monkeypatch):
     trainer.compute_loss(BATCH, TARGETS)[0].backward()  # the baseline's pass leaves alpha alone
     assert all(alpha.grad is None for alpha in alphas)
     monkeypatch.setattr(lucir.LUCIR, "train_epoch", lambda self, loader, optimizer: {}, raising=False)
-    batches = list(utils.to_device(utils.train_loader(trainer.balanced, SimpleNamespace(
-        **{**vars(trainer.args), "batch_size": 18})), trainer.args))
+    batches = list(utils.to_device(trainer.balanced, trainer.args))
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
     seen = []
 
@@ -396,6 +395,7 @@ def test_what_a_branch_learns(kind):
     assert any("running_mean" in name for name in changed)  # BatchNorm goes on averaging
     assert any(".bn1.weight" in name for name in changed) == (kind != "fixed")
     assert any(name.endswith(".scale") for name in changed) == (kind == "ss")
+    assert any(p.requires_grad for p in branch.parameters()) == (kind != "fixed")
 
 
 # ---- runs ----------------------------------------------------------------------------------
@@ -413,7 +413,52 @@ def test_each_method_runs_on_two_processes(name, launch, tmp_path):
         assert results["method"] == "LUCIR+AANets" and len(results["alphas"]) == 2
         assert all(abs(a - 0.5) > 1e-5 for row in results["alphas"] for a in row)
     stages = {json.loads(line)["stage"] for line in (tmp_path / "out/log.jsonl").read_text().splitlines()}
-    assert stages == ({1, 2} if "--num_epochs_ft=1" in METHODS[name] else {1})
+    assert stages == ({1, 2} if "--num_epochs_ft=2" in METHODS[name] else {1})
+
+
+def means_on_two_ranks(folder):
+    import torch.distributed as dist
+    args = utils.get_parser().parse_args([])
+    utils.setup(args)
+    weight = torch.tensor(2.0, requires_grad=True)
+    values = weight * torch.arange(5.0) if args.rank == 0 else weight * torch.zeros(0)
+    mean = utils.global_mean(values, args)
+    mean.backward()
+    gradient = weight.grad
+    dist.all_reduce(gradient)
+    if args.rank == 0:
+        torch.save([mean.detach(), gradient / args.world_size], f"{folder}/mean.pt")
+    dist.destroy_process_group()
+
+
+def test_the_mean_over_ranks_with_unequal_shares(launch, tmp_path):
+    """Five values on one rank, none on the other: DDP's gradient must be that of their mean."""
+    started = launch(function=means_on_two_ranks, arguments=(str(tmp_path),), processes=2)
+    assert started.wait() == [0, 0], started.stderr()
+    mean, gradient = torch.load(tmp_path / "mean.pt", weights_only=True)
+    assert float(gradient) == pytest.approx(2.0)  # d/dw of mean(w * [0, 1, 2, 3, 4])
+    assert float(mean) / 2 == pytest.approx(4.0)  # DDP divides by the two ranks
+
+
+def one_alpha_pass(folder):
+    trainer = make_aanets("lucir", "--fusion_lr=0.5", "--batch_size=18")
+    loader, optimizer = alpha_pass(trainer)
+    lucir.LUCIR.train_epoch = lambda self, loader, optimizer: {}
+    trainer.train_epoch(loader, optimizer)
+    name = f"{folder}/{trainer.args.world_size}_{trainer.args.rank}.json"
+    with open(name, "w") as file:
+        json.dump([float(alpha) for alpha in trainer.model.backbone.alphas], file)
+
+
+def test_alphas_gradient_is_the_mean_over_the_ranks(launch, tmp_path):
+    """One batch of all 18 images, in eval mode: 1 and 2 processes make the same step."""
+    for processes in (1, 2):
+        started = launch(function=one_alpha_pass, arguments=(str(tmp_path),), processes=processes)
+        assert started.wait() == [0] * processes, started.stderr()
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text())
+                          for name in ("1_0", "2_0", "2_1"))
+    assert first == second and all(abs(alpha - 0.5) > 1e-4 for alpha in one)
+    np.testing.assert_allclose(first, one, rtol=1e-5)
 
 
 @pytest.mark.parametrize("baseline", ["icarl", "podnet"])
@@ -424,7 +469,8 @@ def test_aanets_over_the_other_baselines(baseline, launch, tmp_path):
     assert json.loads((tmp_path / "out/results.json").read_text())["finished"]
 
 
-@pytest.mark.parametrize("name, epoch", [("icarl", 4), ("lucir", 5), ("podnet", 8), ("aanets", 4)])
+# Lines of the log: 2 of the first task, then 2 (+ 2 of a second stage) of each further one.
+@pytest.mark.parametrize("name, epoch", [("icarl", 4), ("lucir", 5), ("podnet", 5), ("aanets", 4)])
 def test_each_method_can_be_killed_and_resumed(name, epoch, launch, tmp_path):
     flags = [*SHORT, *METHODS[name]]
     whole = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [*flags, "--output_dir=whole"]))
@@ -434,6 +480,7 @@ def test_each_method_can_be_killed_and_resumed(name, epoch, launch, tmp_path):
     while started.processes[0].is_alive():
         if log.exists() and log.read_text().count("\n") >= epoch:
             break
+    assert started.processes[0].is_alive()
     started.kill()
     again = launch(function=run_file, arguments=(
         ROOT, f"tutorial.{name}", [*flags, "--output_dir=run", "--resume"]))
@@ -470,11 +517,10 @@ def test_the_second_stage_moves_nothing_but_the_classifier(tmp_path):
 
 
 @pytest.mark.parametrize("name, flags, message", [
-    ("icarl", ["--memory_size=0"], "--memory_size 0"),
+    ("icarl", ["--icarl_loss=hinge"], "--icarl_loss"),
     ("lucir", ["--backbone=mixer_s32_224", "--input_size=224"], "needs a ResNet"),
     ("aanets", ["--baseline=icarl", "--backbone=ghostnet_050", "--input_size=32"], "needs a ResNet"),
     ("lucir", ["--margin_k=0"], "--margin_k"),
-    ("podnet", ["--backbone=vgg11"], "--backbone"),
     ("podnet", ["--lambda_flat=-1"], "--lambda_flat"),
     ("aanets", ["--baseline=wa"], "--baseline"),
     ("aanets", ["--fusion_lr=-1"], "--fusion_lr"),
@@ -513,3 +559,18 @@ def test_methods_are_small_and_override_at_most_three_steps(name):
     assert len(trainers) == 1
     defined = {node.name for node in trainers[0].body if isinstance(node, ast.FunctionDef)}
     assert defined <= STEPS and 1 <= len(defined) <= 3
+
+
+def test_icarl_without_exemplars_answers_with_its_network(launch, tmp_path):
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.icarl", [
+        *SHORT, "--memory_size=0", "--output_dir=out"]))
+    assert started.wait() == [0], started.stderr()
+    assert "network_acc1s" not in json.loads((tmp_path / "out/results.json").read_text())
+
+
+def test_cosines_are_computed_in_32_bits():
+    for module, Trainer in ((icarl, icarl.ICaRL), (lucir, lucir.LUCIR), (podnet, podnet.PODNet)):
+        trainer = make(Trainer, module.get_parser())
+        trainer.means = torch.randn(6, 64)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert trainer.predict(BATCH).dtype == torch.float32, module.__name__

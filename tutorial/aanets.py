@@ -6,6 +6,7 @@ arXiv 2010.05063), over iCaRL, LUCIR or PODNet. Chapter 17.
 import copy
 
 import numpy as np
+import timm.utils
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -68,7 +69,8 @@ class DualBackbone(nn.Module):
             one, other = x, x
             for a, b in zip(stable, plastic):
                 one, other = a(one), b(other)
-            x = alpha * one + (1 - alpha) * other  # (batch, C_k, H_k, W_k)
+            mixed = alpha * one.float() + (1 - alpha) * other.float()  # (batch, C_k, H_k, W_k)
+            x = mixed.to(one.dtype)
             maps.append(x)
         return x, maps[-indices:]
 
@@ -90,10 +92,9 @@ class AANets(CilTrainer):
         if self.args.memory_size == 0 and self.args.fusion_lr and not single:
             utils.fail("--memory_size 0: alpha learns from exemplars; or pass --fusion_lr 0")
         if self.task == 1:
-            kinds, alpha = (self.args.branch_1, self.args.branch_2), 1.0 if single else 0.5
-            self.model.backbone = DualBackbone(self.model.backbone, kinds, alpha)
-            if single:  # alpha stays 1, so the second branch has no effect and learns nothing
-                self.model.backbone.plastic.requires_grad_(False)
+            # With one branch alpha stays 1: the other has no effect, and learns nothing.
+            kinds = self.args.branch_1, "fixed" if single else self.args.branch_2
+            self.model.backbone = DualBackbone(self.model.backbone, kinds, 1.0 if single else 0.5)
         super().expand_model(nb_new, new_data)
 
     def train_task(self, train_set):
@@ -104,9 +105,9 @@ class AANets(CilTrainer):
             draw = np.random.RandomState([self.args.seed, self.task])  # the same on every rank
             new = [draw.permutation(np.flatnonzero(train_set.y == self.known_classes + c))[:m]
                    for c in range(self.nb_new)]
-            self.balanced = self.exemplars[0].select(slice(m)).join(
-                [*(images.select(slice(m)) for images in self.exemplars[1:]),
-                 train_set.select(np.concatenate(new))])
+            old = [images.select(slice(m)) for images in self.exemplars]
+            balanced = train_set.select(np.concatenate(new)).join(old)
+            self.balanced = utils.train_loader(balanced, self.args)
         super().train_task(train_set)
         if self.known_classes:
             self.run.results.setdefault("alphas", []).append(
@@ -120,14 +121,14 @@ class AANets(CilTrainer):
             return averages
         alphas = list(self.model.backbone.alphas)
         lr = self.args.fusion_lr * optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"]
-        balanced = utils.train_loader(self.balanced, self.args)
-        balanced.sampler.set_epoch(loader.sampler.epoch)
+        self.balanced.sampler.set_epoch(loader.sampler.epoch)
+        if self.args.distributed:  # one network: the same BatchNorm averages on all ranks
+            timm.utils.distribute_bn(self.model, self.args.world_size, reduce=True)
         self.model.eval()
-        for images, targets in utils.to_device(balanced, self.args):
-            with utils.autocast(self.args):
-                for alpha in alphas:
-                    alpha.requires_grad_(True)
-                loss = F.cross_entropy(self.model(images)[0], targets)
+        for images, targets in utils.to_device(self.balanced, self.args):
+            for alpha in alphas:
+                alpha.requires_grad_(True)
+            loss = F.cross_entropy(self.model(images)[0], targets)  # float32 also under --amp
             gradients = torch.stack(torch.autograd.grad(loss, alphas))  # of alpha and nothing else
             if self.args.distributed:  # the bare model: average by hand
                 dist.all_reduce(gradients)

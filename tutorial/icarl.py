@@ -13,33 +13,34 @@ from template import CilTrainer, knowledge_distillation, main
 class ICaRL(CilTrainer):
     """Distillation by sigmoids, and classification by the nearest mean of exemplars (NME)."""
 
-    means = torch.zeros(0)  # (known + new, embed_dim) after `finish_task`
+    means = torch.zeros(0)  # (known + new, embed_dim) after `finish_task`; in no file of the run
 
     def compute_loss(self, images, targets):
         """sigmoid: one-hot targets for new classes, the teacher's sigmoids for old ones (equation
         of Algorithm 3). softmax: CE + KD, LUCIR's baseline of the name. Returns loss, logits."""
         logits, _ = self.parallel_model(images)  # (batch, known + new)
-        soft = self.teacher(images)[0] if self.teacher is not None else logits[:, :0]
         if self.args.icarl_loss == "softmax":
             loss = F.cross_entropy(logits, targets)
             if self.teacher is not None:  # the published weight beta T^2 is 0.25 * 2^2 = 1
-                loss = loss + knowledge_distillation(
-                    logits[:, :self.known_classes], soft, self.args.temperature)
+                loss = loss + knowledge_distillation(logits[:, :self.known_classes],
+                                                     self.teacher(images)[0], self.args.temperature)
             return loss, logits
         goal = F.one_hot(targets, logits.shape[1]).float()
-        # The teacher overrules the labels of the exemplars, too.
-        goal[:, :self.known_classes] = soft.sigmoid()
+        if self.teacher is not None:  # it overrules the labels of the exemplars, too
+            goal[:, :self.known_classes] = self.teacher(images)[0].float().sigmoid()
         return F.binary_cross_entropy_with_logits(logits.float(), goal), logits
 
     def finish_task(self):
         """The mean feature of each class's exemplars, for the network as it is now."""
+        if not self.exemplars:
+            return
+        images = self.exemplars[0].join(self.exemplars[1:])
         # A mirror image keeps its class on photos, not on digits.
-        views = utils.STATISTICS.get(self.args.data_set, utils.IMAGENET_STATISTICS)[2] + 1
-        means = []
-        for images in self.exemplars:  # every rank gets the features of all exemplars
-            features = [utils.extract_features(self.model, images, self.args, mirror=view)
-                        for view in (False, True)[:views]]
-            means.append(F.normalize(torch.cat(features), dim=1).mean(dim=0))
+        flip = utils.STATISTICS.get(self.args.data_set, utils.IMAGENET_STATISTICS)[2]
+        features = sum(F.normalize(  # every rank gets the features of all exemplars
+            utils.extract_features(self.model, images, self.args, mirror=mirror), dim=1)
+            for mirror in (False, True)[:1 + flip])
+        means = [features[images.y == c].mean(dim=0) for c in range(len(self.exemplars))]
         self.means = F.normalize(torch.stack(means), dim=1).to(self.args.device)
         # The other answer, that of the network's logits, is recorded beside.
         self.predict = super().predict
@@ -51,22 +52,19 @@ class ICaRL(CilTrainer):
         logits, features = self.model(images)
         if len(self.means) < logits.shape[1]:  # in the middle of a task
             return logits
-        return F.normalize(features.float(), dim=1) @ self.means.T  # (batch, known + new)
+        with torch.autocast(features.device.type, enabled=False):  # 16 bits are too few here
+            return F.normalize(features.float(), dim=1) @ self.means.T  # (batch, known + new)
 
 
 def get_parser():
     parser = utils.get_parser()
     parser.add_argument("--icarl_loss", default="sigmoid", choices=["sigmoid", "softmax"])
     paper = dict(num_epochs=70, lr=2.0, weight_decay=5e-5, aa="none", fixed_memory=True)
-    parser.set_defaults(presets={
+    parser.set_defaults(no_align=True, presets={
         "digits": dict(lr=0.3), "cifar100": paper,
         "imagenet100": dict(paper, num_epochs=60, weight_decay=1e-5)})
     return parser
 
 
 if __name__ == "__main__":
-    arguments = get_parser().parse_args()
-    if arguments.memory_size == 0:
-        utils.fail("--memory_size 0: iCaRL classifies by its exemplars; give it at least one for "
-                   "each class")
-    main(arguments, ICaRL)
+    main(get_parser().parse_args(), ICaRL)

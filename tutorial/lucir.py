@@ -81,7 +81,8 @@ class LUCIR(CilTrainer):
         # Less-forget: the features shall keep their direction, the more so the more is known.
         _, old_features = self.teacher(images)
         weight = self.args.lambda_base * math.sqrt(self.known_classes / self.nb_new)
-        loss = loss + weight * (1 - F.cosine_similarity(features, old_features)).mean()
+        cosine = F.cosine_similarity(features.float(), old_features.float())
+        loss = loss + weight * (1 - cosine).mean()
         # Margin ranking: for an exemplar, its class beats the K strongest new ones by a margin.
         cosines = logits / self.model.fc.sigma
         old = targets < self.known_classes
@@ -101,7 +102,7 @@ def get_parser():
     paper = dict(aa="none", fixed_memory=True)
     parser.set_defaults(no_align=True, presets={
         "all": dict(lambda_base=5.0), "cifar100": dict(paper, num_epochs=160),
-        "imagenet100": dict(paper, num_epochs=90, lambda_base=10.0)})
+        "imagenet100": dict(paper, lambda_base=10.0), "imagenet1000": dict(paper, lambda_base=10.0)})
     return parser
 
 

@@ -27,7 +27,7 @@ class LocalSimilarityClassifier(CilClassifier):
 
     def expand(self, nb_classes):
         self.heads.append(nn.Linear(self.embed_dim, nb_classes * PROXIES, bias=False))
-        nn.init.kaiming_normal_(self.heads[-1].weight)
+        nn.init.kaiming_normal_(self.heads[-1].weight, nonlinearity="linear")
 
     def forward(self, features):
         with torch.autocast(features.device.type, enabled=False):  # 16 bits are too few here
@@ -43,8 +43,6 @@ class PODModel(CilModel):
     def __init__(self, backbone):
         super().__init__(backbone)
         self.fc = LocalSimilarityClassifier(self.backbone.num_features)
-        if not hasattr(self.backbone, "forward_intermediates"):
-            utils.fail("this method needs a --backbone with stage outputs, such as resnet32_signed")
 
     def forward(self, images):
         stages = min(4, len(self.backbone.feature_info))
@@ -89,8 +87,11 @@ class PODNet(CilTrainer):
         length = torch.cat([head.weight for head in heads[:-1]]).norm(dim=1).mean().item()
         features = utils.extract_features(self.model, new_data, self.args)
         features = F.normalize(features, dim=1).numpy()
-        centres = [KMeans(PROXIES, n_init=1, random_state=0).fit(features[new_data.y == c])
-                   .cluster_centers_ for c in np.unique(new_data.y)]
+        centres = []
+        for c in np.unique(new_data.y):
+            own = features[new_data.y == c]
+            own = np.resize(own, (max(len(own), PROXIES), own.shape[1]))  # repeats a few images
+            centres.append(KMeans(PROXIES, n_init=1, random_state=0).fit(own).cluster_centers_)
         heads[-1].weight.data.copy_(length * torch.from_numpy(np.concatenate(centres)))
 
     def train_task(self, train_set):
@@ -112,8 +113,8 @@ class PODNet(CilTrainer):
             _, old_features, old_maps = self.teacher(images)
             factor = math.sqrt(logits.shape[1] / self.nb_new)  # all classes, the new included
             spatial = self.args.lambda_spatial * pod_spatial(old_maps, maps)
-            flat = self.args.lambda_flat * (1 - F.cosine_similarity(features, old_features)).mean()
-            loss = loss + factor * (spatial + flat)
+            flat = 1 - F.cosine_similarity(features.float(), old_features.float()).mean()
+            loss = loss + factor * (spatial + self.args.lambda_flat * flat)
         return loss, logits
 
 
@@ -128,10 +129,12 @@ def get_parser():
     paper = dict(aa="none", fixed_memory=True)
     parser.set_defaults(no_align=True, presets={
         "all": dict(lambda_spatial=3.0, lambda_flat=1.0, num_epochs_ft=20, lr_ft=0.05),
-        "digits": dict(backbone="resnet32_signed", batch_size=24),
+        "digits": dict(backbone="resnet32_signed"),
         "cifar100": dict(paper, backbone="resnet32_signed", num_epochs=160),
         "imagenet100": dict(paper, num_epochs=90, lr=0.05, weight_decay=5e-4, batch_size=64,
-                            lambda_spatial=8.0, lambda_flat=10.0, lr_ft=0.01)})
+                            lambda_spatial=8.0, lambda_flat=10.0, lr_ft=0.01),
+        "imagenet1000": dict(paper, lr=0.05, batch_size=64, lambda_spatial=8.0, lambda_flat=10.0,
+                             lr_ft=0.01)})
     return parser
 
 
