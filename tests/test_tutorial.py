@@ -222,6 +222,13 @@ def test_the_map_leads_to_every_chapter_and_each_to_the_next():
     assert "(tutorial/README.md)" in (ROOT / "README.md").read_text()
 
 
+def test_chapters_of_methods_have_the_fixed_headings():
+    for chapter in CHAPTERS[13:]:
+        assert re.findall(r"(?m)^## (.+)$", chapter.read_text()) == [
+            "Objective", "Idea", "Equation", "What changes in the template", "Run it", "Result",
+            "Where we differ from the paper and its code"], chapter.name
+
+
 def test_every_picture_is_drawn_from_the_files_and_used(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
     monkeypatch.setattr(figures, "TEXTS", [])
