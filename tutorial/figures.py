@@ -587,8 +587,9 @@ def draw_lucir():
     for low, high, radius, colour, text in ((57, 68, 0.55, GREEN, "pull"), (25, 57, 0.75, RED, "push")):
         arc = np.radians(np.linspace(low, high, 30))
         both[1].plot(radius * np.cos(arc), radius * np.sin(arc), color=colour, lw=2.5)
-        both[1].text(radius * np.cos(arc[15]) * 0.78, radius * np.sin(arc[15]) * 0.8, text, color=colour,
-                     fontsize=10)
+        away = 1.15 if text == "pull" else 0.8
+        both[1].text(away * radius * np.cos(arc[15]), away * radius * np.sin(arc[15]), text,
+                     color=colour, fontsize=10, ha="center")
     return figure
 
 
