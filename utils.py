@@ -169,6 +169,11 @@ def get_parser():
 # 2. Processes, devices, seeds
 # ---------------------------------------------------------------------------------------------
 
+def available_cores():
+    """CPU cores that this process may use, where the system can tell, else all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def setup(args):
     """Fill in the preset, check every flag, and join the processes of the launch.
 
@@ -184,8 +189,7 @@ def setup(args):
             setattr(args, name, value)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
     if args.num_workers is None:  # tiny images cost less to load than to pass between processes
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.num_workers = min(8, cores // here) if args.input_size > 16 else 0
+        args.num_workers = min(8, available_cores() // here) if args.input_size > 16 else 0
     args.config = dict(vars(args))  # what a checkpoint and results.json remember
     world_size = world_info_from_env()[2]
     if args.batch_size % world_size:
@@ -340,10 +344,10 @@ def get_class_order(args, nb_classes):
     if args.class_order in ("default", "seed"):
         seed = 1993 if args.class_order == "default" else args.seed
         return np.random.RandomState(seed).permutation(nb_classes).tolist()
-    try:  # a file, or from Python the list itself
-        listed = isinstance(args.class_order, list)
-        text = str(args.class_order) if listed else Path(args.class_order).read_text()
-        order = [int(word) for word in re.findall(r"[^\s,\[\]]+", text)]
+    order = args.class_order  # a file, or from Python the list itself
+    try:
+        if not isinstance(order, list):
+            order = [int(word) for word in re.findall(r"[^\s,\[\]]+", Path(order).read_text())]
     except (OSError, ValueError) as error:
         fail(f"--class_order {args.class_order}: default, seed, or a file of numbers ({error})")
     if sorted(order) != list(range(nb_classes)):
@@ -378,13 +382,18 @@ def build_scenarios(args):
     return scenarios
 
 
+def get_statistics(args):
+    """Mean and standard deviation of the colours, and whether a mirror image keeps its class."""
+    return STATISTICS.get(args.data_set, IMAGENET_STATISTICS)
+
+
 def build_transform(args, train):
     """timm's `create_transform`; small images are cropped from a padded frame, not zoomed into.
 
     Up to 64 pixels the random zoom of ImageNet recipes would throw most of an image away. Its
     place is taken by a shift of up to 1/8 of the side (the usual padding of 4 for 32 pixels).
     """
-    mean, std, flip = STATISTICS.get(args.data_set, IMAGENET_STATISTICS)
+    mean, std, flip = get_statistics(args)
     transform = timm.data.create_transform(
         args.input_size, is_training=train, hflip=0.5 * flip, mean=mean, std=std,
         color_jitter=args.color_jitter or None, auto_augment=None if args.aa == "none" else args.aa,
@@ -472,11 +481,11 @@ def train_loader(train_set, args):
     global batches hold the same images for every number N of processes that divides their size
     (of a set smaller than a batch: all of it)."""
     sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
-    size = min(args.batch_size, len(train_set)) // args.world_size  # of a small set: all of it
+    size = min(args.batch_size, len(train_set)) // args.world_size
     if size == 0:
         fail(f"{len(train_set)} images cannot be shared by {args.world_size} processes")
-    return DataLoader(train_set, size, sampler=sampler, drop_last=True, num_workers=args.num_workers,
-                      persistent_workers=args.num_workers > 0,
+    return DataLoader(train_set, size, sampler=sampler, drop_last=True,
+                      num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
                       pin_memory=args.device.type == "cuda")
 
 
@@ -547,7 +556,7 @@ def distribute(model, args):
 
 @contextlib.contextmanager
 def frozen(module):
-    """Inside, the module learns nothing: no gradients, and eval mode even if `train()` is called."""
+    """Inside, the module learns nothing: no gradients, and eval mode even after `train()`."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval().requires_grad_(False)
     module.train = lambda mode=True: module
@@ -663,8 +672,9 @@ def herding(features, m):
 # ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(trainer):
-    """Accuracy on the test images of all tasks so far, each image counted once over all ranks.
+def evaluate(trainer, predict=None):
+    """Accuracy on the test images of all tasks so far, each image counted once over all ranks, with
+    the scores of `predict`: the trainer's own, or another.
 
     Returns {"acc1", "acc5", "accuracy": [of each task], "task_aware": [of each task]} in percent
     and "confusion": row i, column j counts images of class i that were taken for class j.
@@ -677,7 +687,7 @@ def evaluate(trainer):
     trainer.model.eval()
     for images, targets in clean_batches(test_set, args):
         with autocast(args):
-            logits = trainer.predict(images).float()  # (batch, total)
+            logits = (predict or trainer.predict)(images).float()  # (batch, total)
         top5 = (logits.topk(min(5, total)).indices == targets[:, None]).any(dim=1)
         in_task = logits.masked_fill(task_of[targets][:, None] != task_of, -math.inf).argmax(dim=1)
         rows.append(torch.stack([targets, logits.argmax(dim=1), top5, in_task == targets], dim=1))
@@ -930,7 +940,7 @@ class Run:
         """Plots, model.pt, the final table and the paths of the files; leave the process group."""
         results, args = self.results, self.args
         if args.rank == 0:
-            mean, std, _ = STATISTICS.get(args.data_set, IMAGENET_STATISTICS)
+            mean, std, _ = get_statistics(args)
             write_tensors(self.dir / "model.pt", {
                 "args": args.config, "mean": list(mean), "std": list(std),
                 "increments": self.increments[:trainer.task + 1],

@@ -3,7 +3,6 @@ import ast
 import io
 import json
 import math
-import re
 import tokenize
 from types import SimpleNamespace
 

@@ -119,21 +119,20 @@ class AANets(CilTrainer):
         averages = super().train_epoch(loader, optimizer)
         if self.balanced is None or self.stage > 0:  # a second stage leaves the features alone
             return averages
-        alphas = list(self.model.backbone.alphas)
+        alphas = self.model.backbone.alphas.requires_grad_(True)
         lr = self.args.fusion_lr * optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"]
         self.balanced.sampler.set_epoch(loader.sampler.epoch)
         if self.args.distributed:  # one network: the same BatchNorm averages on all ranks
             timm.utils.distribute_bn(self.model, self.args.world_size, reduce=True)
         self.model.eval()
         for images, targets in utils.to_device(self.balanced, self.args):
-            for alpha in alphas:
-                alpha.requires_grad_(True)
             loss = F.cross_entropy(self.model(images)[0], targets)  # float32 also under --amp
-            gradients = torch.stack(torch.autograd.grad(loss, alphas))  # of alpha and nothing else
+            gradients = torch.stack(torch.autograd.grad(loss, list(alphas)))  # of alpha alone
             if self.args.distributed:  # the bare model: average by hand
                 dist.all_reduce(gradients)
             for alpha, gradient in zip(alphas, gradients / self.args.world_size):
-                alpha.requires_grad_(False).sub_(lr * gradient)
+                alpha.data.sub_(lr * gradient)
+        alphas.requires_grad_(False)
         return averages
 
 

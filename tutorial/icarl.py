@@ -36,16 +36,15 @@ class ICaRL(CilTrainer):
             return
         images = self.exemplars[0].join(self.exemplars[1:])
         # A mirror image keeps its class on photos, not on digits.
-        flip = utils.STATISTICS.get(self.args.data_set, utils.IMAGENET_STATISTICS)[2]
+        flip = utils.get_statistics(self.args)[2]
         features = sum(F.normalize(  # every rank gets the features of all exemplars
             utils.extract_features(self.model, images, self.args, mirror=mirror), dim=1)
             for mirror in (False, True)[:1 + flip])
         means = [features[images.y == c].mean(dim=0) for c in range(len(self.exemplars))]
         self.means = F.normalize(torch.stack(means), dim=1).to(self.args.device)
         # The other answer, that of the network's logits, is recorded beside.
-        self.predict = super().predict
-        self.run.results.setdefault("network_acc1s", []).append(utils.evaluate(self)["acc1"])
-        del self.predict
+        network = utils.evaluate(self, super().predict)["acc1"]
+        self.run.results.setdefault("network_acc1s", []).append(network)
 
     def predict(self, images):
         """Cosine of the features and each class mean: the largest is the nearest mean."""

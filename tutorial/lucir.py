@@ -44,6 +44,24 @@ class LUCIRModel(CilModel):
         setattr(stages[-1][-1], relus[0], nn.Identity())
 
 
+def freeze_old_rows(heads):
+    """Stop the learning of all heads but the newest; return the mean length of their rows."""
+    heads[:-1].requires_grad_(False)
+    return torch.cat([head.weight for head in heads[:-1]]).norm(dim=1).mean().item()
+
+
+def balanced_finetune(trainer, train_set):
+    """A second stage from the second task on: the heads alone, old and new, for --num_epochs_ft
+    epochs on the exemplars, which are as many of each class."""
+    args, known = trainer.args, trainer.known_classes
+    if args.num_epochs_ft and known and args.memory_size:
+        trainer.update_memory(train_set.select(np.flatnonzero(train_set.y >= known)))
+        heads = trainer.model.fc.heads.requires_grad_(True)
+        with utils.frozen(trainer.model.backbone):  # so a resumed run herds the same exemplars
+            trainer.fit(trainer.exemplars[0].join(trainer.exemplars[1:]), heads.parameters(),
+                        args.num_epochs_ft, args.lr_ft)
+
+
 class LUCIR(CilTrainer):
     """Less-forget constraint, margin ranking and imprinted weights, on cosines."""
 
@@ -54,23 +72,15 @@ class LUCIR(CilTrainer):
         super().expand_model(nb_new, new_data)
         if self.known_classes == 0:
             return
-        heads = self.model.fc.heads
-        heads[:-1].requires_grad_(False)
-        length = torch.cat([head.weight for head in heads[:-1]]).norm(dim=1).mean()
+        length = freeze_old_rows(self.model.fc.heads)
         features = F.normalize(utils.extract_features(self.model, new_data, self.args), dim=1)
-        labels = torch.from_numpy(new_data.y)
-        means = torch.stack([features[labels == c].mean(dim=0) for c in labels.unique()])
-        heads[-1].weight.data = (length.detach() * F.normalize(means.to(length.device), dim=1))
+        means = torch.stack([features[new_data.y == c].mean(dim=0) for c in np.unique(new_data.y)])
+        self.model.fc.heads[-1].weight.data.copy_(length * F.normalize(means, dim=1))
 
     def train_task(self, train_set):
-        """With --num_epochs_ft a second stage: the rows alone, on as many images of each class."""
+        """With --num_epochs_ft a second stage for the rows."""
         super().train_task(train_set)
-        if self.args.num_epochs_ft and self.known_classes and self.args.memory_size:
-            self.update_memory(train_set.select(np.flatnonzero(train_set.y >= self.known_classes)))
-            rows = self.model.fc.heads.requires_grad_(True)
-            with utils.frozen(self.model.backbone):  # so a resumed run herds the same exemplars
-                self.fit(self.exemplars[0].join(self.exemplars[1:]), rows.parameters(),
-                         self.args.num_epochs_ft, self.args.lr_ft)
+        balanced_finetune(self, train_set)
 
     def compute_loss(self, images, targets):
         """CE + lambda L_dis + L_mr. Returns the loss and the logits."""
@@ -102,7 +112,7 @@ def get_parser():
     paper = dict(aa="none", fixed_memory=True)
     parser.set_defaults(no_align=True, presets={
         "all": dict(lambda_base=5.0), "cifar100": dict(paper, num_epochs=160),
-        "imagenet100": dict(paper, lambda_base=10.0), "imagenet1000": dict(paper, lambda_base=10.0)})
+        **dict.fromkeys(("imagenet100", "imagenet1000"), dict(paper, lambda_base=10.0))})
     return parser
 
 

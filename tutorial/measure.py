@@ -178,7 +178,7 @@ def speed(mine, steps=20, rounds=3):
     torch.manual_seed(0)
     args = utils.get_parser().parse_args(["--data_set=cifar100", "--num_workers=0", "--device=cpu"])
     utils.setup(args)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = utils.available_cores()
     torch.set_num_threads(cores)
     pixels = np.random.RandomState(0).randint(0, 256, (128 * steps, 32, 32, 3)).astype(np.uint8)
     y = np.random.RandomState(1).randint(0, 50, len(pixels))

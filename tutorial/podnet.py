@@ -13,6 +13,7 @@ from torch import nn
 
 import utils
 from template import CilClassifier, CilModel, CilTrainer, main
+from tutorial.lucir import balanced_finetune, freeze_old_rows
 
 PROXIES = 10  # of each class
 
@@ -65,9 +66,9 @@ def nca(logits, targets, margin=None):
     """-log exp(q_t - margin) / sum_{k != t} exp(q_k), not below 0; with margin None the released
     code's form, where the margin cancels and the sum has 1 more: see the chapter. (batch,)"""
     own = logits.gather(1, targets[:, None])[:, 0]
-    top = logits.max(dim=1).values
     others = logits.scatter(1, targets[:, None], -math.inf)
     if margin is None:
+        top = logits.max(dim=1).values
         return top - own + (others - top[:, None]).exp().sum(dim=1).log1p()
     return (others.logsumexp(dim=1) - own + margin).relu()
 
@@ -82,9 +83,7 @@ class PODNet(CilTrainer):
         super().expand_model(nb_new, new_data)
         if self.known_classes == 0:
             return
-        heads = self.model.fc.heads
-        heads[:-1].requires_grad_(False)
-        length = torch.cat([head.weight for head in heads[:-1]]).norm(dim=1).mean().item()
+        length = freeze_old_rows(self.model.fc.heads)
         features = utils.extract_features(self.model, new_data, self.args)
         features = F.normalize(features, dim=1).numpy()
         centres = []
@@ -92,17 +91,13 @@ class PODNet(CilTrainer):
             own = features[new_data.y == c]
             own = np.resize(own, (max(len(own), PROXIES), own.shape[1]))  # repeats a few images
             centres.append(KMeans(PROXIES, n_init=1, random_state=0).fit(own).cluster_centers_)
-        heads[-1].weight.data.copy_(length * torch.from_numpy(np.concatenate(centres)))
+        rows = torch.from_numpy(np.concatenate(centres))
+        self.model.fc.heads[-1].weight.data.copy_(length * rows)
 
     def train_task(self, train_set):
-        """Then a second stage: the proxies alone, old and new, on as many images of each class."""
+        """Then a second stage for the proxies."""
         super().train_task(train_set)
-        if self.args.num_epochs_ft and self.known_classes and self.args.memory_size:
-            self.update_memory(train_set.select(np.flatnonzero(train_set.y >= self.known_classes)))
-            proxies = self.model.fc.heads.requires_grad_(True)
-            with utils.frozen(self.model.backbone):  # so a resumed run herds the same exemplars
-                self.fit(self.exemplars[0].join(self.exemplars[1:]), proxies.parameters(),
-                         self.args.num_epochs_ft, self.args.lr_ft)
+        balanced_finetune(self, train_set)
 
     def compute_loss(self, images, targets):
         """NCA + factor (lambda_spatial spatial + lambda_flat flat). Returns the loss and logits."""
