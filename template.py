@@ -83,9 +83,10 @@ class CilModel(nn.Module):
 
 
 def knowledge_distillation(logits, teacher_logits, temperature):
-    """KL divergence between softened teacher and student, (batch, known) each; batch mean."""
+    """KL divergence of the softened student from the softened teacher, over the classes that the
+    teacher knows; batch mean. logits: (batch, known + new), teacher_logits: (batch, known)."""
     # The paper's cross-entropy minus a constant: same gradient, and 0 where both agree.
-    return F.kl_div(F.log_softmax(logits / temperature, dim=1),
+    return F.kl_div(F.log_softmax(logits[:, :teacher_logits.shape[1]] / temperature, dim=1),
                     F.softmax(teacher_logits / temperature, dim=1), reduction="batchmean")
 
 
@@ -157,10 +158,10 @@ class CilTrainer:
         dynamic = self.known_classes / logits.shape[1]
         weight = dynamic if self.args.lambda_kd == "dynamic" else self.args.lambda_kd
         if self.teacher is not None and weight > 0:
-            soft, _ = self.teacher(images)  # (batch, known); frozen, so no graph is kept
+            # The teacher is frozen, so no graph is kept of its answer.
             # No factor T^2, unlike in other papers: WA has none. At T = 2 it would make KD four
             # times as strong; digits came out worse with it (chapter 7).
-            kd = knowledge_distillation(logits[:, :self.known_classes], soft, self.args.temperature)
+            kd = knowledge_distillation(logits, self.teacher(images)[0], self.args.temperature)
             loss = (1 - weight) * loss + weight * kd
         return loss, logits
 
@@ -169,11 +170,12 @@ class CilTrainer:
         seen = self.known_classes + self.nb_new
         m = self.args.memory_size // (sum(self.run.increments) if self.args.fixed_memory else seen)
         # Exemplars are kept in the order of their choice, so the first m are the best m.
-        self.exemplars = [images.select(slice(m)) for images in self.exemplars[:self.known_classes]]
+        self.exemplars = [images.select(slice(m)) for images in self.exemplars]
         # Each rank computes the features of a share of the clean images and gets those of all,
         # so all ranks keep the same exemplars. From augmented images each rank would choose its
         # own, and together they would silently replay several times --memory_size.
-        self.exemplars += utils.select_exemplars(self.model, new_data, m, self.args)
+        if len(self.exemplars) == self.known_classes:  # else train_task has chosen them already
+            self.exemplars += utils.select_exemplars(self.model, new_data, m, self.args)
 
     def finish_task(self):
         """Weight alignment: give the new prototypes the mean norm of the old ones."""
@@ -200,7 +202,8 @@ def main(args, Trainer=CilTrainer):
         # A resumed run goes through its finished tasks without training, to give the model its
         # shape; the weights of the checkpoint are loaded at the task that was under way.
         if run.reached(trainer):
-            trainer.train_task(new_data.join(trainer.exemplars))
+            # (Resumed in a second stage, the list holds the new classes' exemplars already.)
+            trainer.train_task(new_data.join(trainer.exemplars[:trainer.known_classes]))
             # Memory first, so that a method can use this task's exemplars in finish_task.
             trainer.update_memory(new_data)
             trainer.finish_task()

@@ -127,6 +127,8 @@ def get_parser():
     add("--class_order", default="default", help="default: numpy's permutation for seed 1993; "
         "seed: a permutation drawn from --seed; or a file with the class numbers in order")
     add("--input_size", type=natural, help="side of the square images, in pixels")
+    add("--crop", choices=["shift", "zoom"], help="random crops: the whole image, shifted, or any "
+        "part of it (shift up to 64 pixels, zoom above)")
     add("--color_jitter", type=share, default=0.0, help="strength; without --aa only (0)")
     add("--aa", help="timm auto-augment string, such as rand-m9-mstd0.5-inc1-mmax9, or none")
     add("--reprob", type=share, default=0.0, help="probability of random erasing (0)")
@@ -138,7 +140,8 @@ def get_parser():
     add("--memory_size", type=count, help="exemplars in total; 0: no replay")
     add("--fixed_memory", action=argparse.BooleanOptionalAction, help="memory_size / all classes "
         "exemplars for each class from the start; without it, memory_size / classes so far")
-    add("--herding_method", default="barycenter", choices=["barycenter", "cluster", "random"])
+    add("--herding_method", default="barycenter",
+        choices=["barycenter", "cluster", "entropy", "random"])
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=natural, help="images per step over ALL processes")
     add("--num_epochs", type=natural, help="epochs per task")
@@ -391,18 +394,23 @@ def build_transform(args, train):
     """timm's `create_transform`; small images are cropped from a padded frame, not zoomed into.
 
     Up to 64 pixels the random zoom of ImageNet recipes would throw most of an image away. Its
-    place is taken by a shift of up to 1/8 of the side (the usual padding of 4 for 32 pixels).
+    place is taken by a shift of up to 1/8 of the side (the usual padding of 4 for 32 pixels);
+    --crop zoom brings it back, out of the padded image.
     """
     mean, std, flip = get_statistics(args)
     transform = timm.data.create_transform(
         args.input_size, is_training=train, hflip=0.5 * flip, mean=mean, std=std,
         color_jitter=args.color_jitter or None, auto_augment=None if args.aa == "none" else args.aa,
         interpolation="bicubic", re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
-    if args.input_size <= 64:
-        size = args.input_size
-        crop = transforms.RandomCrop(size, size // 8) if train else transforms.CenterCrop(size)
-        # Resize does nothing to images that have the right size already.
-        transform.transforms[:1 if train else 2] = [transforms.Resize(size), crop]
+    size, small = args.input_size, args.input_size <= 64
+    crop = args.crop or ("shift" if small else "zoom")
+    # Resize does nothing to images that have the right size already.
+    if train and crop == "shift":
+        transform.transforms[:1] = [transforms.Resize(size), transforms.RandomCrop(size, size // 8)]
+    elif train and small:
+        transform.transforms.insert(0, transforms.Pad(size // 8))
+    elif small:
+        transform.transforms[:2] = [transforms.Resize(size), transforms.CenterCrop(size)]
     return transform
 
 
@@ -554,6 +562,12 @@ def distribute(model, args):
     return model
 
 
+def average_batchnorm(model, args):
+    """Make BatchNorm's running averages equal on all ranks: the mean over them."""
+    if args.distributed:
+        timm.utils.distribute_bn(model, args.world_size, reduce=True)
+
+
 @contextlib.contextmanager
 def frozen(module):
     """Inside, the module learns nothing: no gradients, and eval mode even after `train()`."""
@@ -627,11 +641,13 @@ def extract_features(model, image_set, args, mirror=False):
     return gather(torch.cat(shard), len(image_set), args).cpu()
 
 
+@torch.no_grad()
 def select_exemplars(model, new_data, m, args):
     """(Up to) m exemplars of each class of new_data, as a list of ImageSets, best images first.
 
-    barycenter: `herding`; cluster: nearest to the class mean first; random: any. Rank 0 decides
-    for all, also where the machines of a launch round differently.
+    barycenter: `herding`; cluster: nearest to the class mean first; entropy: where the answer is
+    least certain; random: any. Rank 0 decides for all, also where the machines of a launch round
+    differently.
     """
     features, exemplars = extract_features(model, new_data, args), []
     for label in np.unique(new_data.y) if m else ():
@@ -640,6 +656,9 @@ def select_exemplars(model, new_data, m, args):
             best = herding(features[rows], m)
         elif args.herding_method == "cluster":
             best = (features[rows] - features[rows].mean(0)).norm(dim=1).argsort(stable=True)[:m]
+        elif args.herding_method == "entropy":
+            chances = model.fc(features[rows].to(args.device)).softmax(dim=1).cpu()
+            best = torch.special.entr(chances).sum(1).argsort(descending=True, stable=True)[:m]
         else:
             best = torch.randperm(len(rows))[:m]
         rows = rows[best].to(args.device)
@@ -671,38 +690,55 @@ def herding(features, m):
 # 5. Evaluation
 # ---------------------------------------------------------------------------------------------
 
+def task_of_class(increments, args):
+    """The number of the task that each class came with: (classes,), on the device."""
+    return torch.tensor(np.repeat(range(len(increments)), increments), device=args.device)
+
+
 @torch.no_grad()
 def evaluate(trainer, predict=None):
     """Accuracy on the test images of all tasks so far, each image counted once over all ranks, with
     the scores of `predict`: the trainer's own, or another.
 
-    Returns {"acc1", "acc5", "accuracy": [of each task], "task_aware": [of each task]} in percent
-    and "confusion": row i, column j counts images of class i that were taken for class j.
+    Returns, in percent, "acc1" and "acc5" on all images; "accuracy" and "task_aware", lists of each
+    task; the means of these two that weigh a task by its classes, "class_weighted" and
+    "class_weighted_task_aware"; "cumulative", a list: of the tasks 1 to k, with only their classes
+    as answers; "task_inference": the share of answers in the right task. And "confusion": row i,
+    column j counts images of class i that were taken for class j.
     """
     args, increments = trainer.args, trainer.run.increments[:trainer.task + 1]
     test_set = ImageSet(trainer.run.test_scenario[:trainer.task + 1], args)
     total = sum(increments)
-    task_of = torch.arange(len(increments)).repeat_interleave(torch.tensor(increments))
-    task_of, rows = task_of.to(args.device), [torch.zeros(0, 4, dtype=int, device=args.device)]
+    task_of, ends = task_of_class(increments, args), np.cumsum(increments)
+    rows = [torch.zeros(0, 4 + len(ends), dtype=int, device=args.device)]
     trainer.model.eval()
     for images, targets in clean_batches(test_set, args):
         with autocast(args):
             logits = (predict or trainer.predict)(images).float()  # (batch, total)
         top5 = (logits.topk(min(5, total)).indices == targets[:, None]).any(dim=1)
         in_task = logits.masked_fill(task_of[targets][:, None] != task_of, -math.inf).argmax(dim=1)
-        rows.append(torch.stack([targets, logits.argmax(dim=1), top5, in_task == targets], dim=1))
+        first = [logits[:, :end].argmax(dim=1) == targets for end in ends]  # the first k tasks
+        rows.append(torch.stack([targets, logits.argmax(dim=1), top5, in_task == targets, *first],
+                                dim=1))
     rows = gather(torch.cat(rows), len(test_set), args).cpu().numpy()
-    true, predicted, top5, in_task = rows.T  # (test images,) each, the same on every rank
-    confusion, task = np.zeros((total, total), dtype=int), task_of.cpu().numpy()[true]
+    # (test images,) each, the same on every rank
+    true, predicted, top5, in_task, *first = rows.T
+    confusion, task_of = np.zeros((total, total), dtype=int), task_of.cpu().numpy()
+    task = task_of[true]
     np.add.at(confusion, (true, predicted), 1)
 
     def percent(hits):
         return float(100 * hits.mean())
 
     tasks = range(len(increments))
+    accuracy = [percent((predicted == true)[task == u]) for u in tasks]
+    task_aware = [percent(in_task[task == u]) for u in tasks]
     return {"acc1": percent(predicted == true), "acc5": percent(top5),
-            "accuracy": [percent((predicted == true)[task == u]) for u in tasks],
-            "task_aware": [percent(in_task[task == u]) for u in tasks],
+            "accuracy": accuracy, "task_aware": task_aware,
+            "class_weighted": float(np.average(accuracy, weights=increments)),
+            "class_weighted_task_aware": float(np.average(task_aware, weights=increments)),
+            "cumulative": [percent(first[k][task <= k]) for k in tasks],
+            "task_inference": percent(task_of[predicted] == task),
             "confusion": confusion.tolist()}
 
 
@@ -714,10 +750,23 @@ def forgetting(matrix):
     return sum(drops) / len(drops) if drops else 0.0
 
 
+def cumulative_forgetting(matrix):
+    """Mean over k < T of max_{t<=T} b[t][k] - b[T][k], percent points, at least 0 (Soutif et al.,
+    2021, arXiv 2106.11930). matrix: b, the "cumulative" accuracies; row t has t + 1 entries."""
+    last = len(matrix) - 1
+    drops = [max(row[k] for row in matrix[k:]) - matrix[last][k] for k in range(last)]
+    return sum(drops) / len(drops) if drops else 0.0
+
+
 # ---------------------------------------------------------------------------------------------
 # 6. What a run leaves on disk
 # ---------------------------------------------------------------------------------------------
 
+# What results.json keeps of `evaluate` after each task: one entry, or one row, for a task.
+HISTORY = {"acc1s": "acc1", "acc5s": "acc5", "accuracy_matrix": "accuracy",
+           "task_aware_matrix": "task_aware", "cumulative_matrix": "cumulative",
+           "task_inference": "task_inference", "class_weighted": "class_weighted",
+           "class_weighted_task_aware": "class_weighted_task_aware"}
 MAY_DIFFER = {"resume", "output_dir", "num_workers", "stop_after_task", "plots", "device"}
 
 
@@ -767,8 +816,8 @@ class Run:
         self.results = {
             "method": method, "args": args.config, "increments": list(scenario.increments),
             "class_order": [int(c) for c in scenario.class_order],
-            "class_names": scenario.class_names, "accuracy_matrix": [], "task_aware_matrix": [],
-            "acc1s": [], "acc5s": [], "gammas": [], "world_size": args.world_size,
+            "class_names": scenario.class_names, **{key: [] for key in HISTORY}, "gammas": [],
+            "world_size": args.world_size,
             "device": torch.cuda.get_device_name() if cuda else args.device.type,
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
                          "timm": timm.__version__, "numpy": np.__version__}}
@@ -858,8 +907,7 @@ class Run:
             trainer.scaler.load_state_dict(saved["scaler"])
             trainer.exemplars = [
                 ImageSet((np.array(x, dtype=object) if isinstance(x, list) else x.numpy(),
-                          y.numpy()), self.args)
-                for x, y in saved["exemplars"][:trainer.known_classes]]  # the new are chosen again
+                          y.numpy()), self.args) for x, y in saved["exemplars"]]
             self.results.update(saved["results"], args=self.args.config,
                                 world_size=self.args.world_size)
             self.images, self.train_seconds = saved["images"], saved["train_seconds"]
@@ -875,6 +923,8 @@ class Run:
         there = [self.saved.get(key, -1) for key in ("task", "stage")]
         first = 0 if here > there else num_epochs
         if here == there:
+            # Again: before a second stage a method may have changed weights, drawn heads anew.
+            trainer.model.load_state_dict(self.saved["model"])
             optimizer.load_state_dict(self.saved["optimizer"])
             scheduler.load_state_dict(self.saved["scheduler"])
             first = self.saved["epoch"] + 1
@@ -888,12 +938,11 @@ class Run:
         """Make BatchNorm's averages equal on all ranks, log the epoch, write the checkpoint."""
         args = self.args
         weights = torch.stack([p.detach().abs().max() for p in trainer.model.parameters()])
-        if not (math.isfinite(averages["loss"]) and weights.isfinite().all()):
+        if not (all(map(math.isfinite, averages.values())) and weights.isfinite().all()):
             fail(f"the loss ({averages['loss']}) or a weight left the finite numbers in task "
                  f"{trainer.task + 1}, epoch {trainer.epoch + 1}, --lr {args.lr}: try a smaller "
                  "one; the checkpoint of the epoch before is kept")
-        if args.distributed:
-            timm.utils.distribute_bn(trainer.model, args.world_size, reduce=True)
+        average_batchnorm(trainer.model, args)
         if args.eval_every_epoch and (trainer.epoch + 1) % args.eval_every_epoch == 0:
             averages["test_accuracy"] = evaluate(trainer)["acc1"]
         self.images += averages["images"]
@@ -922,13 +971,13 @@ class Run:
     def end_task(self, trainer, scores):
         """Add a row to the accuracy matrix, print one line, write results.json."""
         results, done = self.results, trainer.task + 1
-        for key, score in (("accuracy_matrix", "accuracy"), ("task_aware_matrix", "task_aware"),
-                           ("acc1s", "acc1"), ("acc5s", "acc5")):
+        for key, score in HISTORY.items():
             results[key] = results[key] + [scores[score]]
         results.update(
             confusion=scores["confusion"], finished=done == len(self.increments),
             average_incremental_accuracy=sum(results["acc1s"]) / done,
             last_accuracy=scores["acc1"], forgetting=forgetting(results["accuracy_matrix"]),
+            cumulative_forgetting=cumulative_forgetting(results["cumulative_matrix"]),
             seconds=time.time() - self.start,
             images_per_second=self.images / max(self.train_seconds, 1e-9))
         if self.args.rank == 0:

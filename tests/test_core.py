@@ -197,7 +197,7 @@ def test_herding_against_brute_force(seed, n, m):
     assert utils.herding(torch.tensor(features), m // 2).tolist() == order[:m // 2]  # a prefix
 
 
-@pytest.mark.parametrize("method", ["barycenter", "cluster", "random"])
+@pytest.mark.parametrize("method", ["barycenter", "cluster", "entropy", "random"])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_memory_never_exceeds_its_size(method, fixed):
     trainer = make_trainer("--memory_size=33", f"--herding_method={method}", *["--fixed_memory"] * fixed)
@@ -218,11 +218,44 @@ def test_memory_never_exceeds_its_size(method, fixed):
         for old, now in zip(before, trainer.exemplars):  # the most important ones stay, in order
             assert np.array_equal(old.x[:quota], now.x)
         before, trainer.known_classes = list(trainer.exemplars), seen
-    exemplars = before  # herding again changes nothing: a resumed run may do it twice
-    trainer.known_classes = 8
-    if method != "random":
-        trainer.update_memory(new_data)
-        assert all(np.array_equal(a.x, b.x) for a, b in zip(exemplars, trainer.exemplars))
+    trainer.known_classes, trainer.nb_new = 8, 2  # chosen once a task, also if asked again
+    trainer.update_memory(new_data)
+    assert len(trainer.exemplars) == 10
+    assert all(np.array_equal(a.x, b.x) for a, b in zip(before, trainer.exemplars))
+
+
+def test_uncertain_exemplars_against_their_formula():
+    trainer = make_trainer("--herding_method=entropy")
+    new_data = utils.ImageSet(utils.build_scenarios(trainer.args)[0][0], trainer.args)
+    trainer.model.expand(4)
+    chosen = utils.select_exemplars(trainer.model, new_data, 5, trainer.args)
+    for label, images in enumerate(chosen):
+        own = new_data.select(new_data.y == label)
+        with torch.no_grad():
+            p = softmax(trainer.model.eval()(torch.stack([image for image, _ in own]))[0].double().numpy())
+        entropy = -(p * np.log(p)).sum(axis=1)
+        assert np.array_equal(images.x, own.x[np.argsort(-entropy, kind="stable")[:5]])
+
+
+def test_exemplars_of_each_class_in_both_kinds_of_memory(monkeypatch):
+    """2,000 images, ten tasks of ten classes: never above the budget. Some codes divide and round up,
+    which is one image of a class more, and up to 70 in all."""
+    monkeypatch.setattr(utils, "select_exemplars", lambda model, data, m, args: [
+        data.select(np.flatnonzero(data.y == c)[:m]) for c in np.unique(data.y)])
+    for fixed in (False, True):
+        trainer = make_trainer("--memory_size=2000", *["--fixed_memory"] * fixed, increments=[10] * 10)
+        trainer.nb_new, counts = 10, []
+        for trainer.known_classes in range(0, 100, 10):
+            y = np.repeat(np.arange(trainer.known_classes, trainer.known_classes + 10), 250)
+            trainer.update_memory(utils.ImageSet((np.zeros((2500, 1, 1, 3), np.uint8), y), trainer.args))
+            sizes = {len(images) for images in trainer.exemplars}
+            assert len(sizes) == 1 and len(trainer.exemplars) == trainer.known_classes + 10
+            counts.append(sizes.pop())
+        if fixed:
+            assert counts == [20] * 10
+        else:
+            assert counts == [200, 100, 66, 50, 40, 33, 28, 25, 22, 20]
+            assert all(0 <= math.ceil(2000 / n) - m <= 1 for n, m in zip(range(10, 101, 10), counts))
 
 
 def test_no_memory():
@@ -242,6 +275,15 @@ def test_forgetting_of_hand_computed_matrices():
     assert utils.forgetting([[90.0], [60.0, 80.0], [50.0, 60.0, 90.0]]) == pytest.approx(30)
     # the best is not the first, and a rise counts as negative forgetting
     assert utils.forgetting([[40.0], [70.0, 50.0], [60.0, 55.0, 9.0]]) == pytest.approx((10 - 5) / 2)
+
+
+def test_cumulative_forgetting_of_hand_computed_matrices():
+    assert utils.cumulative_forgetting([[90.0]]) == 0
+    assert utils.cumulative_forgetting([[90.0], [60.0, 50.0]]) == pytest.approx(30)
+    # tasks 1 to 1: the best of 90, 60, 80 was 90; tasks 1 to 2: 70 now is the best
+    assert utils.cumulative_forgetting([[90.0], [60.0, 50.0], [80.0, 70.0, 40.0]]) == pytest.approx(10 / 2)
+    # what only rises is not forgotten, and never counts as negative
+    assert utils.cumulative_forgetting([[40.0], [70.0, 50.0], [75.0, 55.0, 9.0]]) == 0
 
 
 def test_evaluation_against_scikit_learn():
@@ -265,6 +307,16 @@ def test_evaluation_against_scikit_learn():
             100 * (prediction[mine] == test_set.y[mine]).mean())
         aware = scores[mine][:, low:high].argmax(axis=1) + low
         assert result["task_aware"][u] == pytest.approx(100 * (aware == test_set.y[mine]).mean())
+        so_far = test_set.y < high
+        answers = scores[so_far][:, :high].argmax(axis=1)
+        assert result["cumulative"][u] == pytest.approx(100 * (answers == test_set.y[so_far]).mean())
+    task_of = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+    assert result["task_inference"] == pytest.approx(
+        100 * (task_of[prediction] == task_of[test_set.y]).mean())
+    for matrix, mean in (("accuracy", "class_weighted"), ("task_aware", "class_weighted_task_aware")):
+        a, b, c = result[matrix]
+        assert result[mean] == pytest.approx((4 * a + 2 * b + 2 * c) / 8)
+    assert result["cumulative"][-1] == result["acc1"] <= result["task_inference"]
 
 
 # ---- data ----------------------------------------------------------------------------------
@@ -306,6 +358,26 @@ def test_class_order(tmp_path):
     taskset = utils.ImageSet(train[0], args)  # labels are positions in the order
     assert np.array_equal(taskset.x[taskset.y == 0], images[labels == 3])
     assert train.class_names == list("3120987654")
+
+
+@pytest.mark.parametrize("size, crop, whole", [
+    (32, None, True), (32, "shift", True), (32, "zoom", False), (96, None, False), (96, "shift", True)])
+def test_crops(size, crop, whole):
+    """A picture whose red counts rows: after a shift most rows are still there, after a zoom few."""
+    flags = ["--data_set=cifar100", f"--input_size={size}", "--aa=none"] + [f"--crop={crop}"] * bool(crop)
+    args = make_args(*flags, "--backbone=resnet20")
+    picture = np.zeros((1, size, size, 3), np.uint8)
+    picture[0, :, :, 0] = (np.arange(size) * 255 // size)[:, None]
+    images, spans = utils.ImageSet((picture, np.array([0])), args), []
+    mean, std, _ = utils.get_statistics(args)
+    for seed in range(60):
+        image = images[0, seed][0]
+        assert image.shape == (3, size, size)
+        red = image[0] * std[0] + mean[0]
+        spans.append(float(red.max() - red.min()))
+    assert min(spans) > 0.8 if whole else min(spans) < 0.7
+    clean = images[0][0][0] * std[0] + mean[0]
+    assert clean.shape == (size, size) and float(clean.max() - clean.min()) > 0.8  # a test image is whole
 
 
 def test_augmentation_depends_on_the_seed_alone():

@@ -13,11 +13,13 @@ from test_resume import same_model
 from torch.nn import functional as F
 
 import utils
-from tutorial import aanets, icarl, lucir, podnet
+from tutorial import aanets, bal_ft, icarl, lucir, patience, podnet
 
 METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=2", "--batch_size=16"],
            "podnet": ["--num_epochs_ft=2", "--batch_size=16"],
-           "aanets": ["--baseline=lucir", "--fusion_lr=0.1"]}
+           "aanets": ["--baseline=lucir", "--fusion_lr=0.1"],
+           "bal_ft": ["--loss=own", "--num_epochs_ft=2", "--batch_size=16", "--reinit_heads",
+                      "--herding_method=entropy", "--patience=1"]}
 
 
 def make(Trainer, parser, *flags, known=4, new=2):
@@ -27,7 +29,7 @@ def make(Trainer, parser, *flags, known=4, new=2):
     trainer = Trainer(args)
     trainer.run = SimpleNamespace(increments=[known, new], results={"gammas": []})
     trainer.task, trainer.nb_new = 0, known
-    trainer.expand_model(known, None)
+    trainer.expand_model(known, images_of(range(known), args))
     trainer.teacher = trainer.model.copy().freeze()
     trainer.task, trainer.nb_new, trainer.known_classes = 1, new, known
     trainer.expand_model(new, images_of(range(known, known + new), args, each=40))
@@ -398,6 +400,167 @@ def test_what_a_branch_learns(kind):
     assert any(p.requires_grad for p in branch.parameters()) == (kind != "fixed")
 
 
+# ---- BAL_FT and its schedule ---------------------------------------------------------------
+
+def make_bal_ft(*flags, increments=(4, 2)):
+    trainer = make(bal_ft.BalFT, bal_ft.get_parser(), *flags)
+    trainer.stage, trainer.task_of = 0, utils.task_of_class(increments, trainer.args)
+    return trainer
+
+
+def test_the_own_task_loss_is_a_masked_cross_entropy():
+    trainer = make_bal_ft("--loss=own")
+    z, _ = outputs(trainer.model)
+    tasks = [range(0, 4) if y < 4 else range(4, 6) for y in TARGETS]
+    expected = np.mean([-z[i, y] + np.log(np.exp(z[i, list(own)]).sum())
+                        for i, (y, own) in enumerate(zip(TARGETS, tasks))])
+    loss, logits = trainer.compute_loss(BATCH, TARGETS)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(logits.detach(), z, rtol=1e-4)  # unmasked: for the accuracy shown
+    trainer.stage = 1  # stage 2 compares all classes
+    expected = -np.log(softmax(z)[range(8), TARGETS]).mean()
+    assert float(trainer.compute_loss(BATCH, TARGETS)[0].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_own_task_loss_leaves_the_other_heads_alone():
+    for targets, moved in (([0, 1, 2, 3, 3, 2, 1, 0], 0), ([4, 5, 4, 5, 5, 4, 5, 4], 1)):
+        trainer = make_bal_ft("--loss=own")
+        trainer.compute_loss(BATCH, torch.tensor(targets))[0].backward()
+        heads = trainer.model.fc.heads
+        assert heads[moved].weight.grad.abs().min() > 0
+        assert not heads[1 - moved].weight.grad.any() and not heads[1 - moved].bias.grad.any()
+
+
+def test_with_one_task_both_losses_are_the_same():
+    losses = []
+    for kind in ("all", "own"):
+        trainer = make_bal_ft(f"--loss={kind}", increments=[6])
+        losses.append(trainer.compute_loss(BATCH, TARGETS)[0].detach())
+    assert torch.equal(*losses)
+
+
+def reference_schedule(losses, lr, patience, factor, lr_min):
+    """FACIL's loop in plain python: the rate of each epoch, and which epoch's weights come out."""
+    rates, best, best_epoch, left = [], math.inf, None, patience
+    for epoch, loss in enumerate(losses):
+        rates.append(lr)
+        if loss < best:
+            best, best_epoch, left = loss, epoch, patience
+        else:
+            left -= 1
+            if left <= 0:
+                lr, left = lr / factor, patience
+                if lr < lr_min:
+                    break
+    return rates, best_epoch
+
+
+@pytest.mark.parametrize("patience_", [1, 2, 3])
+def test_the_schedule_against_a_plain_loop(patience_, monkeypatch):
+    losses = [3.0, 2.0, 2.5, 2.0, 2.1, 1.9, 2.2, 2.2, 2.2, 1.8, 1.8, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    trainer = make(patience.Patience, bal_ft.get_parser(), f"--patience={patience_}", "--lr_min=0.02")
+    served, seen = iter(losses), []
+    monkeypatch.setattr(patience, "validation_loss", lambda trainer: next(served))
+    weight = trainer.model.fc.heads[0].bias.data
+
+    def train_epoch(loader, optimizer):
+        seen.append((optimizer.param_groups[0]["lr"], float(weight[0])))
+        weight.fill_(trainer.epoch)  # the weights of an epoch are known by its number
+        return {"loss": 0.0, "images": 8, "seconds": 1.0}
+    trainer.train_epoch = train_epoch
+    trainer.run.epochs = lambda trainer, loader, optimizer, scheduler, number: range(number)
+    trainer.run.end_epoch = lambda *_: None
+    trainer.fit(images_of(range(4), trainer.args), trainer.model.parameters(), len(losses), 0.1)
+    rates, best = reference_schedule(losses, 0.1, patience_, 3, 0.02)
+    assert [lr for lr, _ in seen] == pytest.approx(rates)
+    assert len(seen) < len(losses) and float(weight[0]) == best
+    for (before, _), (lr, start) in zip(seen, seen[1:]):  # a lower rate starts from the best weights
+        epoch = seen.index((lr, start))
+        expected = int(np.argmin(losses[:epoch])) if lr < before else epoch - 1
+        assert start == expected
+
+
+def test_validation_images_are_in_no_training_set_and_no_memory():
+    parser = bal_ft.get_parser()
+    trainers = [make(patience.Patience, parser, "--patience=3", "--validation_share=0.2") for _ in range(2)]
+    trainer = trainers[0]
+    new_data = images_of(range(6, 8), trainer.args, each=40)
+    before = {image.tobytes() for image in new_data.x}
+    trainer.task, trainer.nb_new, trainer.known_classes = 2, 2, 6
+    trainer.expand_model(2, new_data)
+    held = trainer.validation[-1]
+    assert np.bincount(held.y)[6:].tolist() == [8, 8] and np.bincount(new_data.y)[6:].tolist() == [32, 32]
+    assert {image.tobytes() for image in held.x} | {image.tobytes() for image in new_data.x} == before
+    assert not {image.tobytes() for image in held.x} & {image.tobytes() for image in new_data.x}
+    # The same split for the same seed and task, so a resumed run and every rank have it too.
+    again = images_of(range(6, 8), trainer.args, each=40)
+    trainers[1].task = 2
+    trainers[1].expand_model(2, again)
+    assert np.array_equal(again.x, new_data.x) and len(trainers[1].validation) == len(trainer.validation)
+
+
+@pytest.mark.parametrize("which", ["new", "seen"])
+def test_the_validation_loss_is_that_of_its_images(which):
+    trainer = make_bal_ft("--patience=1", f"--validation={which}")
+    trainer.validation = [images_of(range(4), trainer.args, 80), images_of([4, 5], trainer.args)]
+    sets = trainer.validation[which == "new":]
+    images = [sets[0].join(sets[1:])[i] for i in range(sum(map(len, sets)))]
+    with torch.no_grad():
+        z = trainer.model(torch.stack([image for image, _ in images]))[0].double().numpy()
+    expected = -np.log(softmax(z)[range(len(z)), [y for _, y in images]]).mean()
+    assert patience.validation_loss(trainer) == pytest.approx(expected, rel=1e-4)
+
+
+def validation_loss_on_ranks(folder):
+    trainer = make_bal_ft("--loss=own", "--patience=1", "--validation=seen")
+    trainer.validation = [images_of(range(4), trainer.args, 128), images_of([4], trainer.args, 1)]
+    with open(f"{folder}/{trainer.args.world_size}_{trainer.args.rank}.json", "w") as file:
+        json.dump(patience.validation_loss(trainer), file)
+
+
+def test_the_validation_loss_of_two_ranks_is_that_of_one(launch, tmp_path):
+    """513 images: two batches on one rank, and one on the other."""
+    for processes in (1, 2):
+        started = launch(function=validation_loss_on_ranks, arguments=(str(tmp_path),), processes=processes)
+        assert started.wait() == [0] * processes, started.stderr()
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text())
+                          for name in ("1_0", "2_0", "2_1"))
+    assert first == second and first == pytest.approx(one, rel=1e-5)
+
+
+def test_a_rate_below_the_smallest_still_trains_and_a_nan_does_not_crash():
+    trainer = make(patience.Patience, bal_ft.get_parser(), "--patience=1")
+    model = torch.nn.Linear(2, 1)
+    scheduler = patience.BestWeights(torch.optim.SGD(model.parameters(), 1.0), threshold=0, patience=0)
+    scheduler.step(math.nan, model)  # the run ends with a line of its own: see `Run.end_epoch`
+    assert scheduler.weights is not None
+    seen = []
+    trainer.train_epoch = lambda loader, optimizer: seen.append(1) or {"loss": 0.0, "images": 8, "seconds": 1.0}
+    trainer.run.epochs = lambda trainer, loader, optimizer, scheduler, number: range(number)
+    trainer.run.end_epoch = lambda *_: None
+    trainer.fit(images_of(range(4), trainer.args), trainer.model.parameters(), 1, trainer.args.lr_min / 2)
+    assert seen == [1]
+
+
+def test_a_class_with_one_image_keeps_it():
+    trainer = make(patience.Patience, bal_ft.get_parser(), "--patience=1")
+    new_data = images_of([6], trainer.args, each=1).join([images_of([7], trainer.args, each=3)])
+    trainer.expand_model(2, new_data)
+    assert new_data.y.tolist() == [6, 7, 7] and trainer.validation[-1].y.tolist() == [7]
+
+
+def test_bal_joint_learns_from_all_images_so_far(launch, tmp_path):
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.bal_ft", [
+        *SHORT, "--upper_bound=joint", "--num_epochs_ft=1", "--memory_size=0", "--batch_size=7",
+        "--num_epochs=1", "--increment=6", "--output_dir=out"]))
+    assert started.wait() == [0], started.stderr()
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    sizes = np.bincount(utils.load_digits()[0][1])
+    order = json.loads((tmp_path / "out/results.json").read_text())["class_order"]
+    full = [sum(sizes[order[:n]]) // 7 * 7 for n in (4, 10, 10)]  # the last batch is left out
+    assert [line["images"] for line in log] == full
+
+
 # ---- runs ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", METHODS)
@@ -414,6 +577,10 @@ def test_each_method_runs_on_two_processes(name, launch, tmp_path):
         assert all(abs(a - 0.5) > 1e-5 for row in results["alphas"] for a in row)
     stages = {json.loads(line)["stage"] for line in (tmp_path / "out/log.jsonl").read_text().splitlines()}
     assert stages == ({1, 2} if "--num_epochs_ft=2" in METHODS[name] else {1})
+    for t, row in enumerate(results["cumulative_matrix"]):  # the metrics of every method
+        assert len(row) == t + 1 and row[-1] == results["acc1s"][t]
+        assert results["acc1s"][t] <= results["task_inference"][t]
+    assert results["cumulative_forgetting"] >= 0
 
 
 def means_on_two_ranks(folder):
@@ -470,7 +637,9 @@ def test_aanets_over_the_other_baselines(baseline, launch, tmp_path):
 
 
 # Lines of the log: 2 of the first task, then 2 (+ 2 of a second stage) of each further one.
-@pytest.mark.parametrize("name, epoch", [("icarl", 4), ("lucir", 5), ("podnet", 5), ("aanets", 4)])
+# Of BAL_FT: inside stage 1, between the stages, inside stage 2.
+@pytest.mark.parametrize("name, epoch", [
+    ("icarl", 4), ("lucir", 5), ("podnet", 5), ("aanets", 4), ("bal_ft", 3), ("bal_ft", 4), ("bal_ft", 5)])
 def test_each_method_can_be_killed_and_resumed(name, epoch, launch, tmp_path):
     flags = [*SHORT, *METHODS[name]]
     whole = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [*flags, "--output_dir=whole"]))
@@ -490,11 +659,11 @@ def test_each_method_can_be_killed_and_resumed(name, epoch, launch, tmp_path):
 
 
 def test_the_second_stage_moves_nothing_but_the_classifier(tmp_path):
-    for module, Trainer in ((lucir, lucir.LUCIR), (podnet, podnet.PODNet)):
+    for module, Trainer in ((lucir, lucir.LUCIR), (podnet, podnet.PODNet), (bal_ft, bal_ft.BalFT)):
         trainer = make(Trainer, module.get_parser(), "--num_epochs_ft=1", "--memory_size=30",
                        "--batch_size=8")
         trainer.exemplars = [images_of([c], trainer.args, each=6) for c in range(4)]
-        stages = []
+        trainer.stage, stages = 1, []
 
         def fit(train_set, parameters, num_epochs, lr):
             stages.append(sorted(set(train_set.y)))
@@ -507,7 +676,7 @@ def test_the_second_stage_moves_nothing_but_the_classifier(tmp_path):
             torch.optim.SGD(parameters, 0.1).step()
             changed = {name for name, x in trainer.model.state_dict().items()
                        if not torch.equal(x, before[name])}
-            assert changed == {"fc.heads.0.weight", "fc.heads.1.weight"}
+            assert changed == {name for name in before if name.startswith("fc.heads")}
         trainer.fit = fit
         trainer.train_task(images_of(range(4, 6), trainer.args).join(trainer.exemplars))
         assert stages[1] == list(range(6))
@@ -525,7 +694,13 @@ def test_the_second_stage_moves_nothing_but_the_classifier(tmp_path):
     ("aanets", ["--baseline=wa"], "--baseline"),
     ("aanets", ["--fusion_lr=-1"], "--fusion_lr"),
     ("aanets", ["--fusion_lr=nan"], "--fusion_lr"),
-    ("aanets", ["--memory_size=0", "--num_epochs=1"], "alpha learns from exemplars")])
+    ("aanets", ["--memory_size=0", "--num_epochs=1"], "alpha learns from exemplars"),
+    ("bal_ft", ["--loss=none"], "--loss"),
+    ("bal_ft", ["--upper_bound=icarl"], "--upper_bound"),
+    ("bal_ft", ["--memory_size=0"], "stage 2 learns from exemplars"),
+    ("bal_ft", ["--patience=-1"], "--patience"),
+    ("bal_ft", ["--patience=5", "--validation_share=0.9"], "--validation_share"),
+    ("bal_ft", ["--patience=5", "--lr_factor=1"], "--lr_factor")])
 def test_bad_input_of_the_methods_is_one_line(name, flags, message, launch):
     started = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [
         "--no_plots", *flags, "--output_dir=out"]))
@@ -546,8 +721,9 @@ def test_the_second_stage_of_a_small_memory_takes_one_small_batch(launch, tmp_pa
 
 STEPS = {"expand_model", "train_task", "train_epoch", "compute_loss", "update_memory", "finish_task",
          "predict"}
-# Lines of code at most. Those above 60 bring a network of their own; their chapters say so.
-LIMITS = {"icarl": 60, "lucir": 80, "podnet": 100, "aanets": 120, "feature_kd": 60, "grow": 60}
+# Lines of code at most. Those above 60 bring a network or a schedule along; their chapters say so.
+LIMITS = {"icarl": 60, "lucir": 85, "podnet": 100, "aanets": 120, "bal_ft": 60, "patience": 70,
+          "feature_kd": 60, "grow": 60}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -555,10 +731,11 @@ def test_methods_are_small_and_override_at_most_three_steps(name):
     path = ROOT / f"tutorial/{name}.py"
     assert lines_of_code(path)[0] <= LIMITS[name]
     trainers = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
-                and any(getattr(base, "id", "") == "CilTrainer" for base in node.bases)]
+                and any(getattr(base, "id", "") in ("CilTrainer", "Patience") for base in node.bases)]
     assert len(trainers) == 1
     defined = {node.name for node in trainers[0].body if isinstance(node, ast.FunctionDef)}
-    assert defined <= STEPS and 1 <= len(defined) <= 3
+    # Another schedule is another `fit`: no step of the template, but here it is the method.
+    assert defined <= STEPS | ({"fit"} if name == "patience" else set()) and 1 <= len(defined) <= 3
 
 
 def test_icarl_without_exemplars_answers_with_its_network(launch, tmp_path):

@@ -6,7 +6,6 @@ arXiv 2010.05063), over iCaRL, LUCIR or PODNet. Chapter 17.
 import copy
 
 import numpy as np
-import timm.utils
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -105,7 +104,7 @@ class AANets(CilTrainer):
             draw = np.random.RandomState([self.args.seed, self.task])  # the same on every rank
             new = [draw.permutation(np.flatnonzero(train_set.y == self.known_classes + c))[:m]
                    for c in range(self.nb_new)]
-            old = [images.select(slice(m)) for images in self.exemplars]
+            old = [images.select(slice(m)) for images in self.exemplars[:self.known_classes]]
             balanced = train_set.select(np.concatenate(new)).join(old)
             self.balanced = utils.train_loader(balanced, self.args)
         super().train_task(train_set)
@@ -122,8 +121,7 @@ class AANets(CilTrainer):
         alphas = self.model.backbone.alphas.requires_grad_(True)
         lr = self.args.fusion_lr * optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"]
         self.balanced.sampler.set_epoch(loader.sampler.epoch)
-        if self.args.distributed:  # one network: the same BatchNorm averages on all ranks
-            timm.utils.distribute_bn(self.model, self.args.world_size, reduce=True)
+        utils.average_batchnorm(self.model, self.args)  # one network on all ranks
         self.model.eval()
         for images, targets in utils.to_device(self.balanced, self.args):
             loss = F.cross_entropy(self.model(images)[0], targets)  # float32 also under --amp

@@ -22,8 +22,8 @@ class ICaRL(CilTrainer):
         if self.args.icarl_loss == "softmax":
             loss = F.cross_entropy(logits, targets)
             if self.teacher is not None:  # the published weight beta T^2 is 0.25 * 2^2 = 1
-                loss = loss + knowledge_distillation(logits[:, :self.known_classes],
-                                                     self.teacher(images)[0], self.args.temperature)
+                loss = loss + knowledge_distillation(logits, self.teacher(images)[0],
+                                                     self.args.temperature)
             return loss, logits
         goal = F.one_hot(targets, logits.shape[1]).float()
         if self.teacher is not None:  # it overrules the labels of the exemplars, too

@@ -50,14 +50,16 @@ def freeze_old_rows(heads):
     return torch.cat([head.weight for head in heads[:-1]]).norm(dim=1).mean().item()
 
 
-def balanced_finetune(trainer, train_set):
+def balanced_finetune(trainer, train_set, reinit=False):
     """A second stage from the second task on: the heads alone, old and new, for --num_epochs_ft
-    epochs on the exemplars, which are as many of each class."""
-    args, known = trainer.args, trainer.known_classes
-    if args.num_epochs_ft and known and args.memory_size:
-        trainer.update_memory(train_set.select(np.flatnonzero(train_set.y >= known)))
+    epochs on the exemplars, which are as many of each class. reinit: begin with new heads."""
+    args = trainer.args
+    if args.num_epochs_ft and trainer.exemplars:
+        trainer.update_memory(train_set.select(train_set.y >= trainer.known_classes))
         heads = trainer.model.fc.heads.requires_grad_(True)
-        with utils.frozen(trainer.model.backbone):  # so a resumed run herds the same exemplars
+        for head in heads if reinit else ():
+            head.reset_parameters()  # the same on every rank: each draws the same numbers here
+        with utils.frozen(trainer.model.backbone):
             trainer.fit(trainer.exemplars[0].join(trainer.exemplars[1:]), heads.parameters(),
                         args.num_epochs_ft, args.lr_ft)
 

@@ -140,7 +140,7 @@ class TSquaredWA(CilTrainer):
         if self.teacher is not None:
             weight, T = self.args.lambda_kd, self.args.temperature
             soft, _ = self.teacher(images)
-            kd = knowledge_distillation(logits[:, :self.known_classes], soft, T)
+            kd = knowledge_distillation(logits, soft, T)
             loss = (1 - weight) * loss + weight * T ** 2 * kd
         return loss, logits
 

@@ -1,0 +1,94 @@
+"""A validation set, and a learning rate that falls when the loss there stops falling (the schedule
+of FACIL, Masana et al., arXiv 2010.15277). Chapter 18.
+
+Off without --patience. To use it, derive from `Patience` in place of `CilTrainer`, and call
+`add_arguments(parser)`. The loss must not talk to other ranks (LUCIR's does): here they may have
+different numbers of batches.
+"""
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import utils
+from template import CilTrainer
+
+
+class BestWeights(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """After `patience` epochs without a better loss: a lower rate, and back to the best weights."""
+
+    weights = None  # the model's state after the best epoch so far; saved with the schedule
+
+    def step(self, loss, model):
+        rate = self.get_last_lr()
+        if self.weights is None or loss < self.best:
+            self.weights = {name: x.clone() for name, x in model.state_dict().items()}
+        super().step(loss)
+        if self.get_last_lr() != rate:
+            model.load_state_dict(self.weights)
+
+
+@torch.no_grad()
+def validation_loss(trainer):
+    """The trainer's own loss over clean images that it never learns from; all ranks together."""
+    args = trainer.args
+    trainer.model.eval()
+    # "new" follows the newest task only, and does not see what happens to the old ones.
+    sets = trainer.validation[-1:] if args.validation == "new" else trainer.validation
+    sums = torch.zeros(2, device=args.device)  # loss, images of this rank
+    for images, targets in utils.clean_batches(sets[0].join(sets[1:]), args):
+        with utils.autocast(args):
+            loss = trainer.compute_loss(images, targets)[0].float()
+        sums += torch.stack([loss * len(targets), torch.ones_like(loss) * len(targets)])
+    if args.distributed:
+        dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+class Patience(CilTrainer):
+    """The template, with --validation_share of each class held out and early stopping."""
+
+    validation = []  # an ImageSet for each task so far
+
+    def expand_model(self, nb_new, new_data):
+        """Take the validation images out of new_data, before anything learns or chooses from it."""
+        if self.args.patience:
+            draw, held = np.random.RandomState([self.args.seed, self.task]), []
+            for c in np.unique(new_data.y):  # the same on every rank, and again after a resume
+                rows = draw.permutation(np.flatnonzero(new_data.y == c))
+                share = max(1, round(len(rows) * self.args.validation_share))
+                held.append(rows[:min(share, len(rows) - 1)])
+            held = np.isin(np.arange(len(new_data)), np.concatenate(held))
+            self.validation = [*self.validation, new_data.select(held)]
+            new_data.x, new_data.y = new_data.x[~held], new_data.y[~held]
+        super().expand_model(nb_new, new_data)
+
+    def fit(self, train_set, parameters, num_epochs, lr):
+        """The template's `fit` with another schedule: up to num_epochs, fewer if all is learned."""
+        if not self.args.patience:
+            return super().fit(train_set, parameters, num_epochs, lr)
+        loader = utils.train_loader(train_set, self.args)
+        optimizer = torch.optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay)
+        scheduler = BestWeights(optimizer, factor=1 / self.args.lr_factor, threshold=0, eps=0,
+                                patience=self.args.patience - 1)
+        self.parallel_model = utils.distribute(self.model, self.args)
+        for self.epoch in self.run.epochs(self, loader, optimizer, scheduler, num_epochs):
+            if scheduler.get_last_lr()[0] < min(self.args.lr_min, lr):
+                continue  # learned; no break, since the generator has work to do at its end
+            averages = self.train_epoch(loader, optimizer)
+            utils.average_batchnorm(self.model, self.args)
+            averages["validation_loss"] = validation_loss(self)
+            scheduler.step(averages["validation_loss"], self.model)
+            self.run.end_epoch(self, averages, optimizer, scheduler)
+        if scheduler.weights:  # none if the whole fit was over before a resume
+            self.model.load_state_dict(scheduler.weights)
+
+
+def add_arguments(parser):
+    add = parser.add_argument_group("schedule by validation").add_argument
+    add("--patience", type=utils.number(0, kind=int), help="epochs without a better validation "
+        "loss until the rate falls; 0: no validation set, the cosine schedule of the template")
+    add("--validation", choices=["new", "seen"], help="its images: of the newest task, or of all "
+        "so far, which are then kept beside the memory")
+    add("--validation_share", type=utils.number(1e-6, 0.5), default=0.1, help="of each class (0.1)")
+    add("--lr_factor", type=utils.number(1.01), default=3.0, help="the rate is divided by it (3)")
+    add("--lr_min", type=utils.number(1e-12), default=1e-4, help="below it a task is over (1e-4)")
