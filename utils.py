@@ -141,7 +141,7 @@ def get_parser():
     add("--fixed_memory", action=argparse.BooleanOptionalAction, help="memory_size / all classes "
         "exemplars for each class from the start; without it, memory_size / classes so far")
     add("--herding_method", default="barycenter",
-        choices=["barycenter", "cluster", "entropy", "random"])
+        choices=["barycenter", "cluster", "entropy", "first", "random"])
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=natural, help="images per step over ALL processes")
     add("--num_epochs", type=natural, help="epochs per task")
@@ -646,8 +646,8 @@ def select_exemplars(model, new_data, m, args):
     """(Up to) m exemplars of each class of new_data, as a list of ImageSets, best images first.
 
     barycenter: `herding`; cluster: nearest to the class mean first; entropy: where the answer is
-    least certain; random: any. Rank 0 decides for all, also where the machines of a launch round
-    differently.
+    least certain; first: in the order of the data; random: any. Rank 0 decides for all, also where
+    the machines of a launch round differently.
     """
     features, exemplars = extract_features(model, new_data, args), []
     for label in np.unique(new_data.y) if m else ():
@@ -659,6 +659,8 @@ def select_exemplars(model, new_data, m, args):
         elif args.herding_method == "entropy":
             chances = model.fc(features[rows].to(args.device)).softmax(dim=1).cpu()
             best = torch.special.entr(chances).sum(1).argsort(descending=True, stable=True)[:m]
+        elif args.herding_method == "first":
+            best = torch.arange(len(rows))[:m]
         else:
             best = torch.randperm(len(rows))[:m]
         rows = rows[best].to(args.device)

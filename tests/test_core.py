@@ -197,7 +197,7 @@ def test_herding_against_brute_force(seed, n, m):
     assert utils.herding(torch.tensor(features), m // 2).tolist() == order[:m // 2]  # a prefix
 
 
-@pytest.mark.parametrize("method", ["barycenter", "cluster", "entropy", "random"])
+@pytest.mark.parametrize("method", ["barycenter", "cluster", "entropy", "first", "random"])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_memory_never_exceeds_its_size(method, fixed):
     trainer = make_trainer("--memory_size=33", f"--herding_method={method}", *["--fixed_memory"] * fixed)
@@ -215,6 +215,8 @@ def test_memory_never_exceeds_its_size(method, fixed):
         for label, images in enumerate(trainer.exemplars):
             assert (images.y == label).all()
             assert len({image.tobytes() for image in images.x}) >= quota - 1  # no image twice
+            if method == "first" and label >= trainer.known_classes:
+                assert np.array_equal(images.x, new_data.x[new_data.y == label][:quota])
         for old, now in zip(before, trainer.exemplars):  # the most important ones stay, in order
             assert np.array_equal(old.x[:quota], now.x)
         before, trainer.known_classes = list(trainer.exemplars), seen

@@ -79,6 +79,7 @@ def memory():
         ("herding", "", "digits_wa_seed*"),
         ("nearest to the class mean", "--herding_method cluster", "digits_cluster_seed*"),
         ("random", "--herding_method random", "digits_random_seed*"),
+        ("least certain", "--herding_method entropy", "digits_entropy_seed*"),
         ("herding, fixed memory", "--fixed_memory", "digits_fixed_seed*")], ("exemplars", "flags"))
 
 
@@ -99,7 +100,7 @@ def ideas():
     return summary_table([
         ("WA, `template.py` as it is", "", "digits_wa_seed*"),
         ("1. balanced softmax, no alignment", "--no_align", "digits_balanced_seed*"),
-        ("2. uncertain exemplars", "", "digits_uncertain_seed*"),
+        ("2. the hardest exemplars", "", "digits_hardest_seed*"),
         ("3. three convolutions", "--backbone tinynet", "digits_tiny_seed*"),
         ("`feature_kd.py`", "--feature_weight 1", "digits_feature_seed*")], ("idea", "flags"))
 
@@ -188,7 +189,8 @@ def methods():
     rows = [summary((label, f"`{command}`"), load(f"digits_{name}_seed*")) for label, command, name in (
         ("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.icarl", "icarl"),
         ("LUCIR", "-m tutorial.lucir", "lucir"), ("PODNet", "-m tutorial.podnet", "podnet"),
-        ("LUCIR + AANets", "-m tutorial.aanets", "aanets_lucir"))]
+        ("LUCIR + AANets", "-m tutorial.aanets", "aanets_lucir"),
+        ("BAL_FT", "-m tutorial.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.itaml", "itaml_paper"))]
     found = [run["network_acc1s"] for run in load("digits_icarl_seed*")]
     rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
                     mean_std([accuracies[-1] for accuracies in found]), ""])
@@ -203,6 +205,87 @@ def base_50():
         rows.append([row["method"], *(number.replace("nan", "") for number in numbers), row["source"]])
     return table(["method", *(f"{data}, N = {n}" for data in ("CIFAR-100", "ImageNet-Subset") for n in (5, 10, 25)),
                   "source"], rows)
+
+
+# Memory of BAL_FT on the digits: file name, label, flags.
+MEMORIES = [("growing", "3 per class", "--fixed_memory"),
+            ("fixed", "30 in total", ""),
+            ("growing20", "20 per class", "--fixed_memory --memory_size 200"),
+            ("joint", "all images", "--upper_bound joint")]
+LOSSES = [("all", "+CTF", BLUE), ("own", "-CTF", ORANGE)]
+
+
+def causes(runs):
+    """Four numbers after the last task: accuracy, its two causes, and cumulative forgetting."""
+    return [mean_std([run["last_accuracy"] for run in runs]),
+            mean_std([run["task_inference"][-1] for run in runs]),
+            mean_std([run["class_weighted_task_aware"][-1] for run in runs]),
+            mean_std([run["cumulative_forgetting"] for run in runs])]
+
+
+CAUSES = ["last (%)", "task inference (%)", "task-aware (%)", "cumulative forgetting (points)"]
+
+
+def cross_task():
+    """With and without cross-task features, for each kind of memory; and the difference, by seed."""
+    rows = []
+    for memory, label, flags in MEMORIES:
+        found = [load(f"digits_bal_ft_{loss}_{memory}_seed*") for loss, _, _ in LOSSES]
+        for (loss, name, _), runs in zip(LOSSES, found):
+            rows.append([f"{label}, {name}", f"`--loss {loss} {flags}`".replace(" `", "`"), *causes(runs)])
+        difference = [a["last_accuracy"] - b["last_accuracy"] for a, b in zip(*found)]
+        rows.append([f"{label}: the share of CTF", "", mean_std(difference), "", "", ""])
+    return table(["memory, loss", "flags", *CAUSES], rows, left=2)
+
+
+def cross_task_validation():
+    """The choice of the validation images."""
+    rows = [[f"{'of the newest task' if which == 'new' else 'of all tasks so far'}, {name}",
+             f"`--loss {loss} --fixed_memory --patience 3 --validation {which}`",
+             *causes(load(f"digits_bal_ft_{loss}_validate_{which}_seed*"))]
+            for which in ("new", "seen") for loss, name, _ in LOSSES]
+    return table(["validation images, loss", "flags", *CAUSES], rows, left=2)
+
+
+def cross_task_published():
+    rows = load("published")[0]["cross_task"]
+    memories = ("20", "10", "5", "2", "all")
+    return table(["tasks", "loss", *[f"{m} per class" if m != "all" else "all images" for m in memories]], [
+        [row["tasks"], row["loss"], *[f"{row[m][0]:g} ± {row[m][1]:g}" for m in memories]] for row in rows],
+        left=2)
+
+
+def inference():
+    """Every method on the digits: is the task found, and the class within it? From the last confusion
+    matrix, so that it holds for every run."""
+    rows = []
+    for label, name in (("finetune", "finetune"), ("replay", "replay"), ("WA", "wa"), ("iCaRL", "icarl"),
+                        ("LUCIR", "lucir"), ("PODNet", "podnet"), ("LUCIR + AANets", "aanets_lucir"),
+                        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base", "itaml_paper")):
+        runs, shares = load(f"digits_{name}_seed*"), []
+        for run in runs:
+            task = np.repeat(np.arange(len(run["increments"])), run["increments"])
+            confusion = np.array(run["confusion"])
+            shares.append(100 * confusion[task[:, None] == task].sum() / confusion.sum())
+        rows.append([label, mean_std([run["last_accuracy"] for run in runs]), mean_std(shares)])
+    return table(["method", "last (%)", "task inference (%)"], rows)
+
+
+def itaml():
+    """The four numbers after the last task."""
+    keys = ("base", *(f"{name}_{p}" for name in ("continuum", "task_accuracy") for p in (1, 5, 20)), "oracle")
+    rows = [[label, f"`{flags}`" if flags else "none", *(mean_std([run[key][-1] for run in found]) for key in keys)]
+            for label, flags, name in (("digits, paper", "", "digits_itaml_paper"),
+                                       ("digits, released", "--meta released", "digits_itaml_released"))
+            for found in [load(f"{name}_seed*")]]
+    heads = [f"{name}({p})" for name in ("continuum", "task accuracy") for p in (1, 5, 20)]
+    return table(["data, outer step", "flags", "base", *heads, "oracle"], rows, left=2)
+
+
+def itaml_published():
+    rows = load("published")[0]["itaml"]
+    return table(["data", "tasks", "p", "accuracy (%)", "measure"], [
+        [row["data"], row["tasks"], row["p"], f"{row['last']:.1f}", row["measure"]] for row in rows], left=2)
 
 
 def ranks():
@@ -242,7 +325,8 @@ def processes():
 
 TABLES = {f.__name__: f for f in (
     digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
-    runs, ranks, speed, loading, processes, methods, base_50)}
+    runs, ranks, speed, loading, processes, methods, base_50, cross_task, cross_task_validation,
+    cross_task_published, inference, itaml, itaml_published)}
 
 
 def value(files, key):
@@ -650,6 +734,88 @@ def draw_alphas():
     return figure
 
 
+def draw_itaml():
+    """Three inner loops from one start, their mean, and the outer step."""
+    figure, axes = canvas(7, 3.4)
+    start, ends = np.array([0.9, 0.7]), np.array([[1.5, 3.0], [3.9, 2.9], [4.8, 0.5]])
+    mean = ends.mean(axis=0)
+    for i, (end, bend, colour) in enumerate(zip(ends, (0.2, -0.25, -0.15), (BLUE, GREEN, ORANGE)), 1):
+        arrow(axes, start, end, colour, bend=bend)
+        axes.plot(*end, "o", color=colour)
+        axes.text(end[0] + 0.12, end[1] - 0.05, f"$\\theta_{i}$: after $r$ steps on task {i}", fontsize=10, color=colour)
+    axes.plot(*mean, "s", color=GREY)
+    axes.text(mean[0] + 0.12, mean[1] - 0.18, "their mean", fontsize=10, color=GREY)
+    axes.plot([start[0], mean[0]], [start[1], mean[1]], "--", color=GREY, lw=1)
+    new = start + 0.6 * (mean - start)
+    arrow(axes, start, new, RED)
+    axes.text(new[0] + 0.1, new[1] - 0.25, "outer step: $\\eta$ of the way", fontsize=10, color=RED)
+    axes.plot(*start, "ko")
+    axes.text(start[0] - 0.1, start[1] - 0.32, "$\\theta_0$: where the batch begins", fontsize=10)
+    return figure
+
+
+def draw_continuum():
+    """What iTAML scores on the digits, by the number of images that are known to share a task."""
+    figure, axes = new_figure(7, 3.8)
+    for meta, colour, shift in (("paper", BLUE, -0.02), ("released", ORANGE, 0.02)):
+        runs = load(f"digits_itaml_{meta}_seed*")
+        values = np.array([[run[f"continuum_{p}"][-1] for p in (1, 5, 20)] for run in runs])
+        axes.errorbar(np.arange(3) + shift, values.mean(axis=0), values.std(axis=0, ddof=1), fmt="o-",
+                      color=colour, capsize=3, label=f"continuum(p), --meta {meta}")
+        axes.axhline(np.mean([run["oracle"][-1] for run in runs]), color=colour, lw=1.5, ls=":",
+                     label=f"oracle, --meta {meta}")
+    axes.set(xticks=range(3), xlabel="images of one task that are asked together, p",
+             ylabel="after the last task (%)", ylim=(0, 102))
+    axes.set_xticklabels((1, 5, 20))
+    axes.legend(fontsize=9, ncols=2, loc="lower right")
+    return figure
+
+
+def draw_cross_task_loss():
+    """Which logits the two losses compare, for a batch of images and the classes of three tasks."""
+    figure, axes = canvas(8, 3.2)
+    tasks, images = np.repeat([0, 1, 2], (4, 2, 2)), [2, 0, 1, 2, 1, 0]
+    for x, title, own in ((0.9, "+CTF: over all classes", False), (4.9, "-CTF: over the own task's", True)):
+        for i, task in enumerate(images):
+            y = 2.25 - 0.32 * i
+            for c in range(8):
+                used = tasks[c] == task or not own
+                axes.add_patch(FancyBboxPatch((x + 0.32 * c + 0.1 * tasks[c], y), 0.26, 0.26, boxstyle="square,pad=0",
+                                              fc=(BLUE, GREEN, ORANGE)[tasks[c]] if used else "none", ec=GREY, lw=0.8))
+            axes.text(x - 0.1, y + 0.13, f"task {task + 1}", ha="right", va="center", fontsize=9)
+        for t, start in enumerate((0, 4, 6)):
+            axes.text(x + 0.32 * start + 0.1 * t, 2.65, f"head {t + 1}", fontsize=9)
+        axes.text(x, 0.25, title, fontsize=11, weight="bold")
+    axes.text(0.05, 2.65, "image of", fontsize=9)
+    axes.set(xlim=(0, 8), ylim=(0.1, 3))
+    return figure
+
+
+def draw_cross_task():
+    """Left: the last accuracy with each memory. Right: cumulative accuracy of 3 exemplars a class."""
+    figure, (bars, lines) = new_figure(9, 4, 2)
+    shown = [memory for memory in MEMORIES if memory[0] != "fixed"]
+    for k, (loss, name, colour) in enumerate(LOSSES):
+        values = np.array([[run["last_accuracy"] for run in load(f"digits_bal_ft_{loss}_{memory}_seed*")]
+                           for memory, _, _ in shown])
+        bars.bar(np.arange(len(shown)) + 0.38 * (k - 0.5), values.mean(axis=1), 0.36, color=colour, label=name,
+                 yerr=values.std(axis=1, ddof=1), capsize=4)
+        runs = load(f"digits_bal_ft_{loss}_growing_seed*")
+        tasks = len(runs[0]["increments"])
+        for u in range(tasks - 1):
+            curve = np.mean([[row[u] for row in run["cumulative_matrix"][u:]] for run in runs], axis=0)
+            lines.plot(range(u + 1, tasks + 1), curve, "os^"[u] + ("-" if loss == "all" else "--"), color=colour,
+                       label=f"{name}, tasks 1 to {u + 1}" if u else f"{name}, task 1")
+    bars.set(xticks=range(len(shown)), ylabel="accuracy after the last task (%)", ylim=(0, 102),
+             xlabel="exemplars")
+    bars.set_xticklabels([label for _, label, _ in shown])
+    bars.legend(loc="upper left")
+    lines.set(xlabel="tasks learned", ylabel="cumulative accuracy (%)", xticks=range(1, tasks + 1),
+              ylim=(0, 102), title="3 exemplars per class")
+    lines.legend(fontsize=8, ncols=2, loc="lower left")
+    return figure
+
+
 def cifar_images(data_path, per_class=1):
     """{class name: [images]} from CIFAR-100 as a folder."""
     from PIL import Image
@@ -704,7 +870,8 @@ def draw_transforms(data_path):
 
 PICTURES = [draw_digits, draw_cifar100, draw_forgetting, draw_confusion, draw_exemplars, draw_norms,
             draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp,
-            draw_icarl, draw_lucir, draw_podnet, draw_aanets, draw_alphas]
+            draw_icarl, draw_lucir, draw_podnet, draw_aanets, draw_alphas, draw_cross_task_loss, draw_cross_task,
+            draw_itaml, draw_continuum]
 PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
 
 

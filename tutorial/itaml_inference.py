@@ -1,0 +1,97 @@
+"""How iTAML answers: it finds the task of many images together, adapts a copy of the network to
+this task's exemplars, and asks the copy for the class. Chapter 19.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+import utils
+
+SIZES = (1, 5, 20)  # of the continua that are reported
+
+
+def task_losses(model, images, targets, task_of):
+    """Sigmoid BCE of each image, the mean over the outputs of its own task: (batch,); and the
+    logits (batch, known + new), minus infinity outside of the own task."""
+    logits = model(images)[0].float()
+    own = task_of[targets][:, None] == task_of  # (batch, known + new)
+    goal = F.one_hot(targets, len(task_of)).float()
+    losses = F.binary_cross_entropy_with_logits(logits, goal, reduction="none") * own
+    return losses.sum(dim=1) / own.sum(dim=1), logits.masked_fill(~own, -math.inf)
+
+
+def adapt(trainer, task):
+    """A copy of the model after one epoch on the exemplars of this task. Every rank does the same
+    work and gets the same copy. With one task, or no exemplars, there is nothing to adapt to."""
+    model, args = trainer.model.copy(), trainer.args
+    if trainer.task == 0 or not trainer.exemplars:
+        return model
+    classes = (trainer.task_of == task).nonzero()[:, 0].tolist()
+    images = trainer.exemplars[classes[0]].join([trainer.exemplars[c] for c in classes[1:]])
+    sampler = utils.SeededSampler(images, 1, 0)  # all images on every rank
+    sampler.set_epoch(utils.set_seed(args.seed, trainer.task, task))
+    optimizer = torch.optim.Adam(model.train().parameters(), 1e-3)
+    for x, y in utils.to_device(DataLoader(images, 64, sampler=sampler), args):
+        if len(x) > 1:  # one image has no statistics for BatchNorm
+            optimizer.zero_grad()
+            task_losses(model, x, y, trainer.task_of)[0].mean().backward()
+            optimizer.step()
+    return model
+
+
+def continuum(best, told, tasks, p):
+    """Answers if images arrive p at a time and each p are taken for images of one task: that with
+    the largest mean of `best`. A rest of fewer than p counts as a continuum, too.
+
+    best: (n, tasks), each task's largest logit; told: (n,), whether the class is right when the
+    task is told; tasks: the true task, or (n,) of them. Returns two (n,): whether class and task
+    are right, and whether the task is.
+    """
+    sums = np.add.reduceat(best, np.arange(0, len(best), p), axis=0)
+    found = sums.argmax(axis=1).repeat(p)[:len(best)] == tasks
+    return found & told, found
+
+
+@torch.no_grad()
+def answer(trainer, task):
+    """best (n, tasks), base (n,), told (n,) for the n test images of a task, in a seeded order.
+
+    best: each task's largest logit; base: whether the largest of all logits is right; told: whether
+    the network that is adapted to this task finds the class among the task's."""
+    with torch.enable_grad():
+        adapted = adapt(trainer, task).eval()
+    args, model, task_of = trainer.args, trainer.model.eval(), trainer.task_of
+    tasks, test_set = range(trainer.task + 1), utils.ImageSet(trainer.run.test_scenario[task], args)
+    rows = [torch.zeros(0, len(tasks) + 2, device=args.device)]
+    for images, targets in utils.clean_batches(test_set, args):
+        with utils.autocast(args):
+            logits, other = model(images)[0].float(), adapted(images)[0].float()
+        other = other.masked_fill(task_of != task, -math.inf)
+        rows.append(torch.stack([*(logits[:, task_of == t].amax(dim=1) for t in tasks),
+                                 logits.argmax(dim=1) == targets,
+                                 other.argmax(dim=1) == targets], dim=1))
+    rows = utils.gather(torch.cat(rows), len(test_set), args).cpu().numpy()
+    # The images of a folder lie class by class; a continuum holds any images of its task.
+    rows = rows[np.random.RandomState([args.seed, task]).permutation(len(rows))]
+    return rows[:, :-2], rows[:, -2] > 0, rows[:, -1] > 0
+
+
+def report(trainer):
+    """The four numbers, in percent, over the test images of all tasks so far:
+
+    base: one image at a time, no adaptation, all classes compete (as every other chapter reports);
+    continuum_p: p images of one task at a time, and adaptation (the paper's number, for p = 20);
+    task_accuracy_p: the share of images whose task is found so; oracle: the task is told.
+    """
+    answers = [answer(trainer, task) for task in range(trainer.task + 1)]
+    _, base, told = (np.concatenate(part) for part in zip(*answers))
+    scores = {"base": base.mean()}
+    for p in SIZES:
+        found = [continuum(best, told, task, p) for task, (best, _, told) in enumerate(answers)]
+        right, task_found = np.concatenate(found, axis=1).mean(axis=1)
+        scores[f"continuum_{p}"], scores[f"task_accuracy_{p}"] = right, task_found
+    scores["oracle"] = told.mean()
+    return {name: 100 * float(score) for name, score in scores.items()}
