@@ -272,14 +272,12 @@ def inference():
 
 
 def itaml():
-    """The four numbers after the last task."""
-    keys = ("base", *(f"{name}_{p}" for name in ("continuum", "task_accuracy") for p in (1, 5, 20)), "oracle")
-    rows = [[label, f"`{flags}`" if flags else "none", *(mean_std([run[key][-1] for run in found]) for key in keys)]
-            for label, flags, name in (("digits, paper", "", "digits_itaml_paper"),
-                                       ("digits, released", "--meta released", "digits_itaml_released"))
-            for found in [load(f"{name}_seed*")]]
-    heads = [f"{name}({p})" for name in ("continuum", "task accuracy") for p in (1, 5, 20)]
-    return table(["data, outer step", "flags", "base", *heads, "oracle"], rows, left=2)
+    """The four numbers after the last task, for both outer steps."""
+    names = [("base", "base"), *((f"{name} ({p})", f"{name.replace(' ', '_')}_{p}")
+                                 for name in ("continuum", "task accuracy") for p in (1, 5, 20)), ("oracle", "oracle")]
+    found = [load(f"digits_itaml_{meta}_seed*") for meta in ("paper", "released")]
+    return table(["digits", "`--meta paper`", "`--meta released`"], [
+        [name, *(mean_std([run[key][-1] for run in runs]) for runs in found)] for name, key in names])
 
 
 def itaml_published():
