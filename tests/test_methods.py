@@ -671,7 +671,11 @@ def test_a_single_image_of_a_task_has_no_batch_statistics():
 def test_the_rate_falls_after_the_first_epoch_at_the_earliest():
     trainer = make(itaml.ITAML, itaml.get_parser())
     rates = []
-    trainer.train_epoch = lambda loader, optimizer: rates.append(optimizer.param_groups[0]["lr"])
+
+    def train_epoch(loader, optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+    trainer.train_epoch = train_epoch
     trainer.run.epochs = lambda trainer, loader, optimizer, scheduler, number: range(number)
     trainer.run.end_epoch = lambda *_: None
     trainer.fit(images_of(range(4), trainer.args), trainer.model.parameters(), 8, 0.1)
