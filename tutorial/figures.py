@@ -234,7 +234,7 @@ def cross_task():
         for (loss, name, _), runs in zip(LOSSES, found):
             rows.append([f"{label}, {name}", f"`--loss {loss} {flags}`".replace(" `", "`"), *causes(runs)])
         difference = [a["last_accuracy"] - b["last_accuracy"] for a, b in zip(*found)]
-        rows.append([f"{label}: the share of CTF", "", mean_std(difference), "", "", ""])
+        rows.append([f"{label}: +CTF minus -CTF", "", mean_std(difference), "", "", ""])
     return table(["memory, loss", "flags", *CAUSES], rows, left=2)
 
 
