@@ -66,6 +66,19 @@ def cosine(a, b):
     return a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)[None]
 
 
+def write_of_rank(folder, trainer, value):
+    with open(f"{folder}/{trainer.args.world_size}_{trainer.args.rank}.json", "w") as file:
+        json.dump(value, file)
+
+
+def on_one_and_two_ranks(function, launch, folder):
+    """What `function` leaves with `write_of_rank`: on one process, and on each of two."""
+    for processes in (1, 2):
+        started = launch(function=function, arguments=(str(folder),), processes=processes)
+        assert started.wait() == [0] * processes, started.stderr()
+    return [json.loads((folder / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")]
+
+
 def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -515,17 +528,12 @@ def test_the_validation_loss_is_that_of_its_images(which):
 def validation_loss_on_ranks(folder):
     trainer = make_bal_ft("--loss=own", "--patience=1", "--validation=seen")
     trainer.validation = [images_of(range(4), trainer.args, 128), images_of([4], trainer.args, 1)]
-    with open(f"{folder}/{trainer.args.world_size}_{trainer.args.rank}.json", "w") as file:
-        json.dump(patience.validation_loss(trainer), file)
+    write_of_rank(folder, trainer, patience.validation_loss(trainer))
 
 
 def test_the_validation_loss_of_two_ranks_is_that_of_one(launch, tmp_path):
     """513 images: two batches on one rank, and one on the other."""
-    for processes in (1, 2):
-        started = launch(function=validation_loss_on_ranks, arguments=(str(tmp_path),), processes=processes)
-        assert started.wait() == [0] * processes, started.stderr()
-    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text())
-                          for name in ("1_0", "2_0", "2_1"))
+    one, first, second = on_one_and_two_ranks(validation_loss_on_ranks, launch, tmp_path)
     assert first == second and first == pytest.approx(one, rel=1e-5)
 
 
@@ -899,18 +907,12 @@ def one_alpha_pass(folder):
     loader, optimizer = alpha_pass(trainer)
     lucir.LUCIR.train_epoch = lambda self, loader, optimizer: {}
     trainer.train_epoch(loader, optimizer)
-    name = f"{folder}/{trainer.args.world_size}_{trainer.args.rank}.json"
-    with open(name, "w") as file:
-        json.dump([float(alpha) for alpha in trainer.model.backbone.alphas], file)
+    write_of_rank(folder, trainer, [float(alpha) for alpha in trainer.model.backbone.alphas])
 
 
 def test_alphas_gradient_is_the_mean_over_the_ranks(launch, tmp_path):
     """One batch of all 18 images, in eval mode: 1 and 2 processes make the same step."""
-    for processes in (1, 2):
-        started = launch(function=one_alpha_pass, arguments=(str(tmp_path),), processes=processes)
-        assert started.wait() == [0] * processes, started.stderr()
-    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text())
-                          for name in ("1_0", "2_0", "2_1"))
+    one, first, second = on_one_and_two_ranks(one_alpha_pass, launch, tmp_path)
     assert first == second and all(abs(alpha - 0.5) > 1e-4 for alpha in one)
     np.testing.assert_allclose(first, one, rtol=1e-5)
 
