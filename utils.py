@@ -125,10 +125,12 @@ def get_parser():
     add("--num_bases", type=count, help="classes of the first task; 0: as many as --increment")
     add("--increment", type=natural, help="classes of further tasks; the last may be smaller")
     add("--class_order", default="default", help="default: numpy's permutation for seed 1993; "
-        "seed: a permutation drawn from --seed; or a file with the class numbers in order")
+        "seed: one drawn from --seed; natural: as they are; or a file of the class numbers")
     add("--input_size", type=natural, help="side of the square images, in pixels")
     add("--crop", choices=["shift", "zoom"], help="random crops: the whole image, shifted, or any "
         "part of it (shift up to 64 pixels, zoom above)")
+    add("--crop_pct", type=number(0.1, 1), default=0.875, help="part of the side that a test image "
+        "above 64 pixels keeps (0.875)")
     add("--color_jitter", type=share, default=0.0, help="strength; without --aa only (0)")
     add("--aa", help="timm auto-augment string, such as rand-m9-mstd0.5-inc1-mmax9, or none")
     add("--reprob", type=share, default=0.0, help="probability of random erasing (0)")
@@ -347,12 +349,15 @@ def get_class_order(args, nb_classes):
     if args.class_order in ("default", "seed"):
         seed = 1993 if args.class_order == "default" else args.seed
         return np.random.RandomState(seed).permutation(nb_classes).tolist()
+    if args.class_order == "natural":
+        return list(range(nb_classes))
     order = args.class_order  # a file, or from Python the list itself
     try:
         if not isinstance(order, list):
             order = [int(word) for word in re.findall(r"[^\s,\[\]]+", Path(order).read_text())]
     except (OSError, ValueError) as error:
-        fail(f"--class_order {args.class_order}: default, seed, or a file of numbers ({error})")
+        fail(f"--class_order {args.class_order}: default, seed, natural, or a file of numbers "
+             f"({error})")
     if sorted(order) != list(range(nb_classes)):
         fail(f"--class_order {args.class_order}: must hold each of 0 to {nb_classes - 1} once")
     return order
@@ -401,7 +406,8 @@ def build_transform(args, train):
     transform = timm.data.create_transform(
         args.input_size, is_training=train, hflip=0.5 * flip, mean=mean, std=std,
         color_jitter=args.color_jitter or None, auto_augment=None if args.aa == "none" else args.aa,
-        interpolation="bicubic", re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+        interpolation="bicubic", re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
+        crop_pct=args.crop_pct)
     size, small = args.input_size, args.input_size <= 64
     crop = args.crop or ("shift" if small else "zoom")
     # Resize does nothing to images that have the right size already.
@@ -710,22 +716,25 @@ def evaluate(trainer, predict=None):
     """
     args, increments = trainer.args, trainer.run.increments[:trainer.task + 1]
     test_set = ImageSet(trainer.run.test_scenario[:trainer.task + 1], args)
-    total = sum(increments)
-    task_of, ends = task_of_class(increments, args), np.cumsum(increments)
+    total, task_of = sum(increments), task_of_class(trainer.run.increments, args)
+    ends = np.cumsum(increments)
     rows = [torch.zeros(0, 4 + len(ends), dtype=int, device=args.device)]
     trainer.model.eval()
     for images, targets in clean_batches(test_set, args):
         with autocast(args):
-            logits = (predict or trainer.predict)(images).float()  # (batch, total)
+            # (batch, total), or more: a method may let classes of tasks to come compete
+            logits = (predict or trainer.predict)(images).float()
         top5 = (logits.topk(min(5, total)).indices == targets[:, None]).any(dim=1)
-        in_task = logits.masked_fill(task_of[targets][:, None] != task_of, -math.inf).argmax(dim=1)
+        other = task_of[targets][:, None] != task_of[:logits.shape[1]]
+        in_task = logits.masked_fill(other, -math.inf).argmax(dim=1)
         first = [logits[:, :end].argmax(dim=1) == targets for end in ends]  # the first k tasks
         rows.append(torch.stack([targets, logits.argmax(dim=1), top5, in_task == targets, *first],
                                 dim=1))
     rows = gather(torch.cat(rows), len(test_set), args).cpu().numpy()
     # (test images,) each, the same on every rank
     true, predicted, top5, in_task, *first = rows.T
-    confusion, task_of = np.zeros((total, total), dtype=int), task_of.cpu().numpy()
+    confusion = np.zeros((total, max(total, predicted.max() + 1)), dtype=int)
+    task_of = task_of.cpu().numpy()
     task = task_of[true]
     np.add.at(confusion, (true, predicted), 1)
 

@@ -321,6 +321,25 @@ def test_evaluation_against_scikit_learn():
     assert result["cumulative"][-1] == result["acc1"] <= result["task_inference"]
 
 
+def test_classes_to_come_can_compete():
+    """A method may give them scores, too: then an answer among them is wrong for every image."""
+    trainer = make_trainer(increments=[4, 2, 4])
+    _, trainer.run.test_scenario = utils.build_scenarios(
+        make_args("--num_bases=4", "--increment=2"))  # the tasks 0 and 1 are the same
+    trainer.task = 1
+    y = utils.ImageSet(trainer.run.test_scenario[:2], trainer.args).y
+    scores = 2.0 * np.eye(10)[y]
+    scores[:7, 9] = 3
+    served = iter(torch.tensor(scores).split(256))
+    trainer.predict = lambda images: next(served)
+    result = utils.evaluate(trainer)
+    assert result["acc1"] == pytest.approx(100 * (1 - 7 / len(y)))
+    assert result["task_inference"] == result["acc1"] and result["task_aware"] == [100, 100]
+    assert result["cumulative"] == [100, 100] and result["acc5"] == 100
+    confusion = np.array(result["confusion"])
+    assert confusion.shape == (6, 10) and confusion.sum() == len(y) and confusion[:, 9].sum() == 7
+
+
 # ---- data ----------------------------------------------------------------------------------
 
 def test_digits_are_split_once_and_for_all():
@@ -352,6 +371,8 @@ def test_class_order(tmp_path):
     for args.seed in (0, 1, 0):
         orders.append(utils.get_class_order(args, 100))
     assert orders[0] == orders[2] != orders[1]
+    args.class_order = "natural"
+    assert utils.get_class_order(args, 5) == [0, 1, 2, 3, 4]
     file = tmp_path / "order.json"
     file.write_text(json.dumps([3, 1, 2, 0, 9, 8, 7, 6, 5, 4]))
     args.class_order = str(file)
@@ -380,6 +401,17 @@ def test_crops(size, crop, whole):
     assert min(spans) > 0.8 if whole else min(spans) < 0.7
     clean = images[0][0][0] * std[0] + mean[0]
     assert clean.shape == (size, size) and float(clean.max() - clean.min()) > 0.8  # a test image is whole
+
+
+@pytest.mark.parametrize("share", [0.5, 0.875, 1])
+def test_a_test_image_of_many_pixels_keeps_this_share_of_its_side(share):
+    args = make_args("--data_set=cifar100", "--input_size=96", "--aa=none", f"--crop_pct={share}")
+    picture = np.zeros((1, 32, 32, 3), np.uint8)
+    picture[0, :, :, 0] = (np.arange(32) * 8)[:, None]
+    mean, std, _ = utils.get_statistics(args)
+    red = utils.ImageSet((picture, np.array([0])), args)[0][0][0] * std[0] + mean[0]
+    assert red.shape == (96, 96)
+    assert float(red.max() - red.min()) == pytest.approx(share * 31 * 8 / 255, abs=0.06)
 
 
 def test_augmentation_depends_on_the_seed_alone():

@@ -1,0 +1,134 @@
+"""The two frozen towers of CLIP for ALTA, from open_clip: images -> features, prompts -> features.
+Chapter 20.
+"""
+import functools
+import logging
+import re
+import warnings
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import utils
+
+# The image towers of ALTA and the side of their square images, in pixels.
+VISUALS = {"tiny": 8, "RN50": 224, "RN101": 224, "RN50x4": 288, "RN50x16": 384, "ViT-B/32": 224,
+           "ViT-B/16": 224}
+DIGITS = "zero one two three four five six seven eight nine".split()
+
+
+def import_open_clip():
+    try:
+        import open_clip
+    except Exception as error:  # torchvision for another torch: RuntimeError, not ImportError
+        utils.fail(f"this method needs open_clip ({type(error).__name__}: {str(error)[:100]}): "
+                   "pip install open_clip_torch")
+    return open_clip
+
+
+def readable(names):
+    """The class names as words: digits as "zero" to "nine", numbers of WordNet as ImageNet's names,
+    underscores as spaces."""
+    if sorted(names) == [str(i) for i in range(10)]:
+        names = [DIGITS[int(name)] for name in names]
+    if all(re.fullmatch(r"n\d{8}", name) for name in names):
+        rows = timm.data.ImageNetInfo("imagenet-1k").label_names()
+        known = import_open_clip().IMAGENET_CLASSNAMES
+        names = [known[rows.index(name)] if name in rows else name for name in names]
+    return [name.split(" / ")[0].replace("_", " ") for name in names]
+
+
+class ClipTowers:
+    """A CLIP model of open_clip that never learns.
+
+    No `nn.Module`, and that is the point: what holds it does not find its weights. They are in no
+    checkpoint and no optimizer, DDP and `train()` pass it by, and copies of a model share it.
+
+    image_dim: D, of the features; width: W, of a word's embedding; scale: s, exp of CLIP's learnt
+    temperature, 100 for OpenAI's weights. mean, std: of the pixels that the towers expect; the
+    images come with those of the data set.
+    """
+
+    def __init__(self, clip, args, mean=None, std=None):
+        self.clip, self.args = clip.eval().requires_grad_(False).to(args.device), args
+        self.scale = float(clip.logit_scale.exp())
+        self.width = clip.token_embedding.embedding_dim
+        theirs = utils.get_statistics(args)[:2]  # of the images as they come
+        (mean, std), (own_mean, own_std) = (
+            [torch.tensor(numbers, device=args.device)[:, None, None] for numbers in pair]
+            for pair in ((mean, std) if mean else theirs, theirs))
+        self.gain, self.shift = own_std / std, (own_mean - mean) / std
+        self.image_dim = clip.visual.output_dim
+        self.tokenizer = import_open_clip().SimpleTokenizer(context_length=clip.context_length)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, images):
+        """(batch, 3, px, px) -> (batch, D) float32, not normalised."""
+        return self.clip.encode_image(images * self.gain + self.shift).float()
+
+    def tokenize(self, prompts):
+        """(prompts, L) with L the length of the longest prompt, not CLIP's 77: exact, since a word
+        sees only the words before it and the answer is read at the prompt's end."""
+        tokens = self.tokenizer(prompts)
+        lengths = [len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts]  # start and end
+        if max(lengths) > tokens.shape[1]:
+            utils.fail(f"the class name in {prompts[lengths.index(max(lengths))]!r} is too long: "
+                       f"the text tower reads {tokens.shape[1]} tokens")
+        return tokens[:, :max(lengths)].to(self.args.device)
+
+    def encode_prompts(self, tokens, context=None):
+        """Normalised features (prompts, D) of tokens (prompts, L). context: (4, W), learnt vectors
+        in the place of the first four words; gradients reach them, and nothing else."""
+        clip, length = self.clip, tokens.shape[1]
+        words = clip.token_embedding(tokens)  # (prompts, L, W)
+        if context is not None:
+            context = context.expand(len(words), *context.shape)
+            words = torch.cat([words[:, :1], context, words[:, 1 + context.shape[1]:]], dim=1)
+        words = clip.transformer(words + clip.positional_embedding[:length],
+                                 attn_mask=clip.attn_mask[:length, :length])
+        # The end of a prompt has the largest number of all tokens.
+        ends = clip.ln_final(words)[torch.arange(len(words)), tokens.argmax(dim=1)]
+        return F.normalize((ends @ clip.text_projection).float(), dim=1)
+
+
+def load(args):
+    """The towers of --visual with --clip_weights: `openai`, from a hub, or a file. Ends the launch
+    where there is neither network nor file, or where the file is another model's."""
+    open_clip = import_open_clip()
+    if args.visual == "tiny":
+        from tutorial import tiny_clip
+        return tiny_clip.load(args)
+    name = f"{args.visual.replace('/', '-')}-quickgelu"  # without it: other activations, silently
+    make = functools.partial(open_clip.create_model, name, precision="fp32")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.ERROR)  # what goes wrong is said once, below
+            for turn in (True, False):  # rank 0 downloads, then the others find the files there
+                if (args.rank == 0) == turn:
+                    clip = read(make, args.clip_weights)
+                if args.distributed:
+                    dist.barrier()
+        logging.disable(logging.NOTSET)
+    except Exception as error:
+        utils.fail(f"--visual {args.visual} --clip_weights {args.clip_weights}: "
+                   f"{type(error).__name__}: {str(error)[:200]}; without a network pass a file of "
+                   "OpenAI's weights, or --visual tiny", any_rank=True)
+    return ClipTowers(clip, args, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+def read(make, weights):
+    """A CLIP model with weights of a name or of a file: a state dict (.pt, .safetensors), or the
+    archive that OpenAI gives out, which is a program for torch.jit."""
+    try:
+        archive = torch.jit.load(weights, map_location="cpu").state_dict()
+    except (RuntimeError, ValueError):  # no file, or a file of another kind
+        return make(pretrained=weights, require_pretrained=True)
+    clip = make(pretrained=None)
+    clip.load_state_dict({name: archive[name] for name in clip.state_dict()})
+    return clip
