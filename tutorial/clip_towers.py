@@ -48,7 +48,7 @@ class ClipTowers:
 
     image_dim: D, of the features; width: W, of a word's embedding; scale: s, exp of CLIP's learnt
     temperature, 100 for OpenAI's weights. mean, std: of the pixels that the towers expect; the
-    images come with those of the data set.
+    images come with those of the data set (as by default).
     """
 
     def __init__(self, clip, args, mean=None, std=None):
@@ -65,6 +65,12 @@ class ClipTowers:
 
     def __deepcopy__(self, memo):
         return self
+
+    def fingerprint(self):
+        """A number that changes with any bit of the weights."""
+        weights = [w for w in self.clip.state_dict().values() if w.dtype == torch.float32]
+        return sum((i + 1) * int(w.contiguous().view(torch.int32).sum()) for i, w in
+                   enumerate(weights)) % 2 ** 32
 
     @torch.no_grad()
     def encode_images(self, images):
@@ -105,20 +111,24 @@ def load(args):
         return tiny_clip.load(args)
     name = f"{args.visual.replace('/', '-')}-quickgelu"  # without it: other activations, silently
     make = functools.partial(open_clip.create_model, name, precision="fp32")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.disable(logging.ERROR)  # what goes wrong is said once, below
-            for turn in (True, False):  # rank 0 downloads, then the others find the files there
-                if (args.rank == 0) == turn:
+    problem = None
+    logging.disable(logging.ERROR)  # what goes wrong is said once, below
+    for turn in (True, False):  # rank 0 downloads, then the others find the files there
+        if (args.rank == 0) == turn:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     clip = read(make, args.clip_weights)
-                if args.distributed:
-                    dist.barrier()
-        logging.disable(logging.NOTSET)
-    except Exception as error:
-        utils.fail(f"--visual {args.visual} --clip_weights {args.clip_weights}: "
-                   f"{type(error).__name__}: {str(error)[:200]}; without a network pass a file of "
-                   "OpenAI's weights, or --visual tiny", any_rank=True)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {str(error)[:200]}"
+        if args.distributed:  # all hear the outcome
+            problems = [None] * args.world_size
+            dist.all_gather_object(problems, problem)
+            problem = next(filter(None, problems), None)
+        if problem:
+            utils.fail(f"--visual {args.visual} --clip_weights {args.clip_weights}: {problem}; "
+                       "without a network pass a file of OpenAI's weights, or --visual tiny")
+    logging.disable(logging.NOTSET)
     return ClipTowers(clip, args, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
@@ -130,5 +140,6 @@ def read(make, weights):
     except (RuntimeError, ValueError):  # no file, or a file of another kind
         return make(pretrained=weights, require_pretrained=True)
     clip = make(pretrained=None)
-    clip.load_state_dict({name: archive[name] for name in clip.state_dict()})
+    numbers = ("input_resolution", "context_length", "vocab_size")  # beside the weights
+    clip.load_state_dict({name: archive[name] for name in archive if name not in numbers})
     return clip

@@ -3,6 +3,7 @@ network. Chapter 20.
 
     python -m tutorial.tiny_clip runs/tiny_clip.pt    # for --clip_weights: saves its seconds
 """
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,14 @@ def train(args, num_steps=200, groups=32):
     caption among the captions, and each caption its image: a cross-entropy in both directions.
     """
     open_clip = clip_towers.import_open_clip()
+    # The seed and the machine are those of the run; its data and augmentations are not.
+    own = argparse.Namespace(**{**vars(utils.get_parser().parse_args([])), "seed": args.seed})
+    own.input_size, own.aa = CONFIG["vision_cfg"]["image_size"], "none"
     utils.set_seed(args.seed)
     clip = open_clip.CLIP(**CONFIG)
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
     (x, y), _ = utils.load_digits()
-    images = utils.ImageSet((x, y), args)
+    images = utils.ImageSet((x, y), own)
     rows = [np.flatnonzero(y == digit) for digit in KNOWN]
     tokens = tokenizer([caption.format(clip_towers.DIGITS[digit])
                         for caption in CAPTIONS for digit in KNOWN])
@@ -74,7 +78,7 @@ def load(args):
     if args.distributed:
         for tensor in clip.state_dict().values():
             dist.broadcast(tensor, src=0)
-    return clip_towers.ClipTowers(clip, args)
+    return clip_towers.ClipTowers(clip, args, *utils.STATISTICS["digits"][:2])
 
 
 def get_parser():
