@@ -92,7 +92,7 @@ def test_the_learnt_prompt_begins_as_the_written_one(weights):
     model.set_classes(names, 0)
     model.expand(2)
     written = model.towers.clip.encode_text(model.towers.tokenizer([f"a photo of a {n}." for n in names]))
-    assert torch.allclose(model.text_side("v"), F.normalize(written, dim=1), atol=1e-6)
+    assert torch.allclose(model.text_side("u"), F.normalize(written, dim=1), atol=1e-6)
     assert model.context.shape == (4, 32)
 
 
@@ -115,7 +115,7 @@ def test_nothing_of_clip_learns_or_is_saved(weights):
 def test_old_prompts_keep_the_context_of_the_end_of_their_task(weights):
     trainer = make(weights, tasks=3)
     model = trainer.model
-    rows = model.text_side("v_t")
+    rows = model.text_side("u_t")
     assert rows.shape == (6, 128) and model.bank.shape == (2, 4, 32)
     for row in (0, 2):  # nothing of the old rows depends on the living context
         gradient, = torch.autograd.grad(rows[row].sum(), model.context, retain_graph=True, allow_unused=True)
@@ -123,14 +123,14 @@ def test_old_prompts_keep_the_context_of_the_end_of_their_task(weights):
     assert torch.autograd.grad(rows[4].sum(), model.context)[0].any()
     old = rows[:4].detach().clone()
     move(model, 7)
-    moved = model.text_side("v_t")
+    moved = model.text_side("u_t")
     assert torch.equal(moved[:4], old) and not torch.allclose(moved[4:], rows[4:], atol=1e-4)
     for t in (0, 1):
         fresh = model.towers.encode_prompts(model.tokens[2 * t:2 * t + 2], model.bank[t])
         assert torch.allclose(old[2 * t:2 * t + 2], fresh, atol=1e-6)
     assert not torch.allclose(model.bank[0], model.bank[1])
     # The one context of sprompt drifts for all classes.
-    assert torch.allclose(model.text_side("v"),
+    assert torch.allclose(model.text_side("u"),
                           model.towers.encode_prompts(model.tokens[:6], model.context), atol=1e-6)
 
 

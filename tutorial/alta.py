@@ -14,14 +14,14 @@ from tutorial import clip_towers
 
 # The nine methods. A logit is s times a sum of cosines of (image side, text side):
 #   x: the image as CLIP sees it; A: the adapter's version of it; x + A: both added
-#   w: the prompt "a photo of a NAME"; v: the same with four learnt vectors, the context, in place
-#   of "a photo of a"; v_t: likewise, but a class keeps the context of the end of its own task
+#   w: the prompt "a photo of a NAME"; u: with four learnt vectors, the context v, in place of "a
+#   photo of a"; u_t: likewise, but a class keeps the context of the end of its own task
 METHODS = {"mlp": [("A", "w")], "resmlp": [("x + A", "w")],
-           "sprompt": [("x", "v")], "cprompt": [("x", "v_t")],
-           "cprompt_oriprompt": [("x", "v_t"), ("x", "w")],
-           "cprompt_mlp": [("A", "v_t")], "cprompt_resmlp": [("x + A", "v_t")],
-           "oriclip2cprompt_mlp": [("x", "w"), ("A", "v_t")],
-           "oritext_mlp2cprompt_oriimg": [("x", "v_t"), ("A", "w")]}  # ALTA
+           "sprompt": [("x", "u")], "cprompt": [("x", "u_t")],
+           "cprompt_oriprompt": [("x", "u_t"), ("x", "w")],
+           "cprompt_mlp": [("A", "u_t")], "cprompt_resmlp": [("x + A", "u_t")],
+           "oriclip2cprompt_mlp": [("x", "w"), ("A", "u_t")],
+           "oritext_mlp2cprompt_oriimg": [("x", "u_t"), ("A", "w")]}  # ALTA
 
 
 class Reservoir(nn.Module):
@@ -111,7 +111,7 @@ class CrossModalModel(CilModel):
             return self.hand_made[:columns]
         if kind in self.memo and not torch.is_grad_enabled():
             return self.memo[kind]
-        past = self.past_prompts() if kind == "v_t" else []
+        past = self.past_prompts() if kind == "u_t" else []
         # Of this task and, with --columns all, of the tasks to come: the living context.
         living = self.tokens[sum(map(len, past)):columns]
         prompts = torch.cat([*past, self.towers.encode_prompts(living, self.context)])

@@ -171,11 +171,12 @@ def runs():
         groups.setdefault(path.stem.rsplit("_seed", 1)[0], []).append(json.loads(path.read_text()))
     for name, found in sorted(groups.items()):
         args = {key: value for key, value in found[0]["args"].items() if key != "seed"}
-        assert all({**run["args"], "seed": 0} == {**args, "seed": 0} for run in found), name
+        # (A flag that came later is in the files of later seeds only.)
+        assert all(run["args"][key] == value for run in found for key, value in args.items()), name
         preset = {**vars(utils.get_parser().parse_args([])), **utils.COMMON,
                   **utils.PRESETS[args["data_set"]]}
         ours = {key: value for key, value in args.items() if value != preset.get(key)
-                and key not in ("data_path", "num_workers", "output_dir", "plots", "device")}
+                and key not in ("data_path", "num_workers", "output_dir", "plots", "device", "clip")}
         flags = [f"--{key}" if value is True else f"--{key} {value}" for key, value in ours.items()]
         seeds = [run["args"]["seed"] for run in found]
         rows.append([f"`{name}`", f"`{' '.join(flags)}`" if flags else "none",
@@ -195,6 +196,26 @@ def methods():
     rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
                     mean_std([accuracies[-1] for accuracies in found]), ""])
     return table(["method", "command", *(title for _, title in SUMMARY)], rows, left=2)
+
+
+# The methods on CIFAR-100: file name, label, colour.
+CIFAR_METHODS = [("wa", "WA", GREY), ("icarl", "iCaRL", PINK), ("lucir", "LUCIR", BLUE),
+                 ("podnet", "PODNet", ORANGE), ("aanets_lucir", "LUCIR + AANets", GREEN)]
+
+
+def cifar100_methods():
+    """Accuracy after each task; iCaRL has two answers."""
+    rows = []
+    for name, label, _ in CIFAR_METHODS:
+        run, = load(f"cifar100_{name}_seed0")
+        rows.append([label, *[f"{a:.1f}" for a in run["acc1s"]], f"{run['average_incremental_accuracy']:.1f}",
+                     f"{run['forgetting']:.1f}"])
+        if "network_acc1s" in run:
+            found = run["network_acc1s"]
+            rows.append([f"{label}, the network's own answer", *[f"{a:.1f}" for a in found],
+                         f"{np.mean(found):.1f}", ""])
+    return table(["method", *[f"{n} classes" for n in np.cumsum(run["increments"])], "average (%)",
+                  "forgetting (points)"], rows)
 
 
 def base_50():
@@ -271,19 +292,62 @@ def inference():
     return table(["method", "last (%)", "task inference (%)"], rows)
 
 
+# iTAML's four numbers: label, name in the files.
+FOUR = [("base", "base"), *((f"{name} ({p})", f"{name.replace(' ', '_')}_{p}")
+                            for name in ("continuum", "task accuracy") for p in (1, 5, 20)), ("oracle", "oracle")]
+
+
 def itaml():
     """The four numbers after the last task, for both outer steps."""
-    names = [("base", "base"), *((f"{name} ({p})", f"{name.replace(' ', '_')}_{p}")
-                                 for name in ("continuum", "task accuracy") for p in (1, 5, 20)), ("oracle", "oracle")]
     found = [load(f"digits_itaml_{meta}_seed*") for meta in ("paper", "released")]
     return table(["digits", "`--meta paper`", "`--meta released`"], [
-        [name, *(mean_std([run[key][-1] for run in runs]) for runs in found)] for name, key in names])
+        [name, *(mean_std([run[key][-1] for run in runs]) for runs in found)] for name, key in FOUR])
+
+
+def itaml_cifar100():
+    """The four numbers on CIFAR-100, on the way and at the end."""
+    run, = load("cifar100_itaml_seed0")
+    classes = np.cumsum(run["increments"])
+    return table(["CIFAR-100", *[f"{classes[t]} classes" for t in (1, 4, 9)]], [
+        [name, *[f"{run[key][t]:.1f}" for t in (1, 4, 9)]] for name, key in FOUR])
 
 
 def itaml_published():
     rows = load("published")[0]["itaml"]
     return table(["data", "tasks", "p", "accuracy (%)", "measure"], [
         [row["data"], row["tasks"], row["p"], f"{row['last']:.1f}", row["measure"]] for row in rows], left=2)
+
+
+# ALTA on the digits: file name, label, flags.
+CLIP_RUNS = [("sgd", "lower bound: ALTA without a memory", "--memory_size 0"),
+             *((name, label, f"--clip_method {name}") for name, label in (
+                 ("mlp", "adapter"), ("resmlp", "adapter, added to the image"),
+                 ("sprompt", "one context"), ("cprompt", "a context for each task"),
+                 ("cprompt_oriprompt", "… and the written prompt"),
+                 ("cprompt_mlp", "contexts and adapter, one cosine"),
+                 ("cprompt_resmlp", "… added to the image"),
+                 ("oriclip2cprompt_mlp", "two cosines, not crossed"))),
+             ("oritext_mlp2cprompt_oriimg", "ALTA: two cosines, crossed", ""),
+             ("constant", "ALTA, rate as released", "--schedule constant"),
+             ("all", "ALTA, classes to come compete", "--columns all"),
+             ("joint", "upper bound: ALTA, all classes at once",
+              "--memory_size 0 --num_bases 10 --num_epochs 100")]
+
+
+def alta():
+    runs = [(label, f"`{flags}`" if flags else "none", load(f"digits_alta_{name}_seed*"))
+            for name, label, flags in CLIP_RUNS]
+    untrained = load("alta")[0]["seeds"]["zero_shot"][:len(runs[0][2])]  # of the same seeds
+    return table(["what learns", "flags", *(title for _, title in SUMMARY)], [
+        ["nothing: zero-shot", "", "", mean_std(untrained), ""],
+        *(summary((label, flags), found) for label, flags, found in runs)], left=2)
+
+
+def alta_speed():
+    found, = load("alta")
+    return table(["prompts of one step in the last of ten tasks", "seconds", "against the first"], [
+        [row["what"], f"{row['seconds']:.2f}", f"{found['prompts'][0]['seconds'] / row['seconds']:.1f} ×"]
+        for row in found["prompts"]])
 
 
 def ranks():
@@ -323,8 +387,9 @@ def processes():
 
 TABLES = {f.__name__: f for f in (
     digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
-    runs, ranks, speed, loading, processes, methods, base_50, cross_task, cross_task_validation,
-    cross_task_published, inference, itaml, itaml_published)}
+    runs, ranks, speed, loading, processes, methods, cifar100_methods, base_50, cross_task, cross_task_validation,
+    cross_task_published, inference, itaml, itaml_cifar100,
+    itaml_published, alta, alta_speed)}
 
 
 def value(files, key):
@@ -376,6 +441,18 @@ def draw_digits():
 
 def draw_cifar100():
     return draw_ablation("cifar100", "CIFAR-100, 50 + 5 x 10 classes, 2,000 exemplars, 20 epochs a task")
+
+
+def draw_cifar100_methods():
+    """Accuracy after each task, a line for each method."""
+    figure, axes = new_figure(7, 4)
+    for name, label, colour in CIFAR_METHODS:
+        run, = load(f"cifar100_{name}_seed0")
+        axes.plot(np.cumsum(run["increments"]), run["acc1s"], "o-", label=label, color=colour)
+    axes.set(xlabel="classes learned", ylabel="test accuracy on all classes so far (%)", ylim=(30, 75),
+             title="CIFAR-100, base 50, increment 10, 20 epochs a task, one seed")
+    axes.legend(fontsize=9)
+    return figure
 
 
 def draw_forgetting():
@@ -814,6 +891,47 @@ def draw_cross_task():
     return figure
 
 
+def draw_alta():
+    """Which of the four vectors learn, and which are compared."""
+    figure, axes = canvas(8, 3.7)
+    put(axes, digit_samples()[7, 0], 0.75, 2.35, 0.75)
+    box(axes, 0.1, 1.2, 1.75, 0.45, "a photo of a seven", GREY, 9)
+    box(axes, 0.1, 0.25, 1.75, 0.45, "[v₁ v₂ v₃ v₄] seven.", ORANGE, 9)
+    box(axes, 2.3, 2.35, 1.25, 0.75, "image tower", GREY)
+    box(axes, 2.3, 0.25, 1.25, 1.4, "text tower", GREY)
+    arrow(axes, (1.55, 2.72), (2.25, 2.72))
+    for y, text, colour in ((2.95, "x", GREY), (2.05, "A(x): adapter", ORANGE), (1.2, "w", GREY), (0.25, "u", ORANGE)):
+        box(axes, 4.1, y, 1.5, 0.45, text, colour)
+        arrow(axes, (3.6, 2.72 if y > 2 else y + 0.22), (4.05, y + 0.22))
+        if y < 2:
+            arrow(axes, (1.9, y + 0.22), (2.25, y + 0.22))
+    for start, end, x, y, text, colour in ((3.17, 0.47, 6.3, 2.3, "cos(x, u)", BLUE),
+                                           (2.27, 1.42, 5.95, 1.8, "cos(A(x), w)", PINK)):
+        axes.plot([5.65, x, x, 5.65], [start, start, end, end], color=colour, lw=1.8)
+        axes.text(6.4, y, text, fontsize=11, color=colour)
+    axes.text(6.4, 1.15, "their sum, times s,\nis the logit", fontsize=10)
+    axes.text(0.1, 3.4, "grey: frozen, orange: learns", fontsize=9, color="#333333", va="center")
+    return figure
+
+
+def draw_alta_digits():
+    """What replay and separate contexts bring, task after task."""
+    figure, axes = new_figure(7, 4)
+    for name, label, colour in (("sgd", "ALTA without a memory", GREY), ("mlp", "adapter and memory", PINK),
+                                ("cprompt", "a context for each task, no memory", BLUE),
+                                ("oritext_mlp2cprompt_oriimg", "ALTA", GREEN)):
+        values = np.array([run["acc1s"] for run in load(f"digits_alta_{name}_seed*")])
+        tasks = np.arange(1, values.shape[1] + 1)
+        axes.errorbar(tasks, values.mean(axis=0), values.std(axis=0, ddof=1), marker="o", capsize=3,
+                      label=label, color=colour)
+    joint = [run["last_accuracy"] for run in load("digits_alta_joint_seed*")]
+    axes.plot(5, np.mean(joint), "k*", ms=12, ls="", label="all classes at once")
+    axes.set(xlabel="tasks learned", ylabel="test accuracy on all classes so far (%)", xticks=tasks,
+             ylim=(0, 102), title=f"Digits on a tiny frozen CLIP, seeds 0 to {len(joint) - 1}")
+    axes.legend(fontsize=9, loc="lower left")
+    return figure
+
+
 def cifar_images(data_path, per_class=1):
     """{class name: [images]} from CIFAR-100 as a folder."""
     from PIL import Image
@@ -866,10 +984,10 @@ def draw_transforms(data_path):
     return figure
 
 
-PICTURES = [draw_digits, draw_cifar100, draw_forgetting, draw_confusion, draw_exemplars, draw_norms,
+PICTURES = [draw_digits, draw_cifar100, draw_cifar100_methods, draw_forgetting, draw_confusion, draw_exemplars, draw_norms,
             draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp,
             draw_icarl, draw_lucir, draw_podnet, draw_aanets, draw_alphas, draw_cross_task_loss, draw_cross_task,
-            draw_itaml, draw_continuum]
+            draw_itaml, draw_continuum, draw_alta, draw_alta_digits]
 PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
 
 

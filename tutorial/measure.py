@@ -6,6 +6,7 @@
     python -m tutorial.measure speed           # chapter 11: where the time goes (CPU, minutes)
     python -m tutorial.measure t2              # chapter 7: ten runs with the factor T^2, minutes
     python -m tutorial.measure clipping        # chapter 8: ten runs with clipped weights, minutes
+    python -m tutorial.measure alta            # chapter 20: tiny CLIP, speed of prompts, minutes
 
 RUN is the output directory of a finished run of template.py; if its data lie elsewhere now, say
 so with --data_path. With --data_path a run that was recorded on another machine can be measured.
@@ -261,8 +262,67 @@ def speed(mine, steps=20, rounds=3):
                     "launches": launches})
 
 
+def alta(mine, rounds=3):
+    """Zero-shot accuracy of the tiny CLIP of ten seeds; seconds for the prompts of a training step
+    with a ViT-B/32 of random weights, and for a test image, in the naive way and in ours."""
+    import open_clip
+    from tutorial import alta, clip_towers, tiny_clip
+    args = alta.get_parser().parse_args(["--device=cpu"])
+    args.visual, args.lr = "tiny", 0.002
+    utils.setup(args)
+    torch.set_num_threads(1)
+    accuracy = {"zero_shot": [], "zero_shot_even": []}
+    test_set = utils.ImageSet(utils.load_digits()[1], args)
+    for args.seed in range(10):
+        towers = clip_towers.ClipTowers(tiny_clip.train(args), args)
+        with torch.no_grad():
+            prompts = towers.encode_prompts(towers.tokenize(
+                [f"a photo of a {name}" for name in clip_towers.DIGITS]))
+            images = torch.cat([images for images, _ in utils.clean_batches(test_set, args)])
+            logits = towers.encode_images(images) @ prompts.T
+        right, even = logits.argmax(dim=1).numpy() == test_set.y, test_set.y % 2 == 0
+        accuracy["zero_shot"].append(100 * right.mean())
+        accuracy["zero_shot_even"].append(100 * right[even].mean())
+
+    clip = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
+    model = alta.CrossModalModel(clip_towers.ClipTowers(clip, args), "cprompt", False)
+    model.set_classes(open_clip.IMAGENET_CLASSNAMES[:100], 0)
+    for _ in range(10):
+        model.expand(10)
+    towers, short = model.towers, model.tokens
+    long = towers.tokenizer([f"a photo of a {n}." for n in open_clip.IMAGENET_CLASSNAMES[:100]])
+
+    def seconds(step):
+        step()  # warm-up; also fills the rows that are kept
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - begin)
+        return float(np.median(times))
+
+    def twice(tokens):
+        for _ in range(2):  # for the images, and for the memory
+            towers.encode_prompts(tokens, model.context).sum().backward()
+    prompts = [("all 100, 77 tokens, twice (as released)", lambda: twice(long)),
+               (f"all 100, cut to {short.shape[1]} tokens, twice", lambda: twice(short)),
+               (f"all 100, cut to {short.shape[1]} tokens, once",
+                lambda: towers.encode_prompts(short, model.context).sum().backward()),
+               ("and those of old tasks kept (as here)",
+                lambda: model.text_side("u_t").sum().backward())]
+    images = torch.randn(16, 3, 224, 224)
+    write("alta", {
+        "zero_shot": float(np.mean(accuracy["zero_shot"])),
+        "zero_shot_even": float(np.mean(accuracy["zero_shot_even"])),
+        "seeds": accuracy, "machine": platform.machine(),
+        "prompts": [{"what": what, "seconds": seconds(step)} for what, step in prompts],
+        "milliseconds_per_test_image": {
+            "tower": 1000 * seconds(lambda: towers.encode_images(images)) / 16,
+            "fingerprint": 1000 * seconds(lambda: alta.fingerprints(images)) / 16}})
+
+
 def main():
-    measures = {f.__name__: f for f in (norms, exemplars, ranks, speed, t2, clipping)}
+    measures = {f.__name__: f for f in (norms, exemplars, ranks, speed, t2, clipping, alta)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=measures)
     parser.add_argument("run", nargs="?", type=Path, help="output directory of a finished run")
