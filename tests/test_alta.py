@@ -356,10 +356,15 @@ def run_and_tell(folder, name, flags):
     run_file(folder, name, flags)
 
 
+def short(weights, folder, *flags):
+    """The flags of a short run."""
+    return ["--increment=2", "--num_epochs=2", "--no_plots", f"--clip_weights={weights}",
+            f"--output_dir={folder}", *flags]
+
+
 def run(launch, weights, *flags, processes=1, folder="out", main=run_file):
-    started = launch(function=main, processes=processes, arguments=(ROOT, "tutorial.alta", [
-        "--increment=2", "--num_epochs=2", "--no_plots", f"--clip_weights={weights}",
-        f"--output_dir={folder}", *flags]))
+    started = launch(function=main, processes=processes, arguments=(
+        ROOT, "tutorial.alta", short(weights, folder, *flags)))
     assert started.wait() == [0] * processes, started.stderr()
     return read_results(started.folder / folder)
 
@@ -420,9 +425,7 @@ def test_joint_is_plain_training_on_one_task(weights, launch, tmp_path):
 @pytest.mark.parametrize("task, epoch", [(1, 2), (3, 1)])
 def test_kill_and_resume(task, epoch, weights, launch, tmp_path):
     whole = run(launch, weights, folder="whole")
-    flags = ["--increment=2", "--num_epochs=2", "--no_plots", f"--clip_weights={weights}"]
-    started = launch(function=run_and_die, arguments=(
-        task, epoch, [*flags, "--output_dir=killed"]))
+    started = launch(function=run_and_die, arguments=(task, epoch, short(weights, "killed")))
     assert started.wait() == [-9]
     assert run(launch, weights, "--resume", folder="killed") == whole
     assert same_model(tmp_path / "whole", tmp_path / "killed")
@@ -438,9 +441,8 @@ def test_a_run_is_not_resumed_on_other_towers(weights, launch, tmp_path):
     checkpoint = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
     checkpoint["results"]["args"]["clip_weights"] = str(other)
     torch.save(checkpoint, tmp_path / "out/checkpoint.pt")
-    started = launch(function=run_file, arguments=(ROOT, "tutorial.alta", [
-        "--increment=2", "--num_epochs=1", "--no_plots", f"--clip_weights={other}", "--output_dir=out",
-        "--resume"]))
+    started = launch(function=run_file, arguments=(
+        ROOT, "tutorial.alta", short(other, "out", "--num_epochs=1", "--resume")))
     assert started.wait() == [2] and "was made with --clip " in started.stderr()
 
 
