@@ -260,6 +260,16 @@ def gather(shard, size, args):
     return torch.stack(parts, dim=1).flatten(0, 1)[:size]
 
 
+def first_problem(problem, args):
+    """What went wrong (a text, or None) on the first rank where something did; the same on every
+    rank. So `fail` says once what only some ranks have seen, and none waits for a rank that left."""
+    problems = [problem]
+    if args.distributed:
+        problems = [None] * args.world_size
+        dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), None)
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. Data and transforms
 # ---------------------------------------------------------------------------------------------
@@ -305,16 +315,15 @@ def load_folder(args):
         classes[0] = [classes[0][i] for i in keep]
     paths = np.concatenate([x for x, _ in splits])
     if len(paths) <= 100_000:  # seconds; of more images, a broken one is named when its turn comes
-        broken = [None] * args.world_size
-        for path in paths[args.rank::args.world_size]:
+        broken = None
+        for path in paths[args.rank::args.world_size]:  # every rank looks at a share
             try:
                 Image.open(path).close()
             except Exception as error:
-                broken[args.rank] = f"{path}: no image ({type(error).__name__}); mend or remove it"
-        if args.distributed:  # every rank looks at a share, all hear the outcome
-            dist.all_gather_object(broken, broken[args.rank])
-        if any(broken):
-            fail(next(filter(None, broken)))
+                broken = f"{path}: no image ({type(error).__name__}); mend or remove it"
+        broken = first_problem(broken, args)
+        if broken:
+            fail(broken)
     return splits, classes[0]
 
 
@@ -326,18 +335,20 @@ def load_data(args):
                   fashion_mnist="FashionMNIST").get(args.data_set)
     if source is None or (Path(args.data_path) / "train").is_dir():
         return load_folder(args)
-    try:
-        for turn in (True, False):  # rank 0 downloads, then the others find the files there
-            if (args.rank == 0) == turn:
+    problem = None
+    for turn in (True, False):  # rank 0 downloads, then the others find the files there
+        if (args.rank == 0) == turn:
+            try:
                 with contextlib.redirect_stdout(sys.stderr):
                     found = [getattr(continuum_datasets, source)(
                         args.data_path, train=train, download=turn) for train in (True, False)]
-            if args.distributed:
-                dist.barrier()
-    except Exception as error:
-        fail(f"{args.data_set} is not in {args.data_path} and could not be downloaded ("
-             f"{type(error).__name__}: {str(error)[:200]}): give --data_path a folder with its "
-             "files, or with train/<class>/* and test/<class>/*", any_rank=True)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {str(error)[:200]}"
+        problem = first_problem(problem, args)
+        if problem:
+            fail(f"{args.data_set} is not in {args.data_path} and could not be downloaded "
+                 f"({problem}): give --data_path a folder with its files, or with train/<class>/* "
+                 "and test/<class>/*")
     splits = [split.get_data()[:2] for split in found]
     splits = [(np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x, y) for x, y in splits]
     names = getattr(getattr(found[0], "dataset", None), "classes", None)  # SVHN has none

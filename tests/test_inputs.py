@@ -81,6 +81,14 @@ def test_flags_that_cannot_be(refused, flags, words):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_data_set_that_cannot_be_downloaded(refused, tmp_path, processes):
+    """Rank 0 alone tries it; the others neither wait for ever nor say it again."""
+    (tmp_path / "file").write_text("no folder")
+    error = refused("--data_set=cifar10", f"--data_path={tmp_path / 'file'}", processes=processes)
+    assert "cifar10 is not in" in error and "could not be downloaded" in error
+
+
 @pytest.mark.parametrize("order", ["0 1 2", "0 1 2 3 4 5 6 7 8 8", "1 2 3 4 5 6 7 8 9 10", "a b c"])
 def test_class_order_that_is_no_permutation(refused, tmp_path, order):
     (tmp_path / "order.txt").write_text(order)

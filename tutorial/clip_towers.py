@@ -8,7 +8,6 @@ import warnings
 
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import utils
@@ -121,10 +120,7 @@ def load(args):
                     clip = read(make, args.clip_weights)
             except Exception as error:
                 problem = f"{type(error).__name__}: {str(error)[:200]}"
-        if args.distributed:  # all hear the outcome
-            problems = [None] * args.world_size
-            dist.all_gather_object(problems, problem)
-            problem = next(filter(None, problems), None)
+        problem = utils.first_problem(problem, args)
         if problem:
             utils.fail(f"--visual {args.visual} --clip_weights {args.clip_weights}: {problem}; "
                        "without a network pass a file of OpenAI's weights, or --visual tiny")
