@@ -380,6 +380,16 @@ def test_each_method_runs(method, weights, launch, tmp_path):
     assert [line["task"] for line in lines] == [1, 2, 3, 4, 5]
 
 
+def test_half_precision(weights, launch, tmp_path):
+    """The towers compute in 16 bits, and the loss is scaled: nearly the losses of 32 bits."""
+    losses = []
+    for amp in ("none", "fp16"):
+        run(launch, weights, f"--amp={amp}", "--stop_after_task=2", folder=amp)
+        lines = (tmp_path / amp / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] != losses[1] and np.allclose(*losses, rtol=0.02)
+
+
 def test_two_processes_and_classes_to_come(weights, launch, tmp_path):
     """In a whole run, too, both ranks end with one memory: a hash of it is taken on each."""
     results = run(launch, weights, "--columns=all", "--amp=bf16", processes=2, main=run_and_tell)
@@ -422,12 +432,13 @@ def test_joint_is_plain_training_on_one_task(weights, launch, tmp_path):
         assert torch.allclose(parameter, saved[name], atol=1e-5), name
 
 
-@pytest.mark.parametrize("task, epoch", [(1, 2), (3, 1)])
-def test_kill_and_resume(task, epoch, weights, launch, tmp_path):
-    whole = run(launch, weights, folder="whole")
-    started = launch(function=run_and_die, arguments=(task, epoch, short(weights, "killed")))
-    assert started.wait() == [-9]
-    assert run(launch, weights, "--resume", folder="killed") == whole
+@pytest.mark.parametrize("task, epoch, processes", [(1, 2, 1), (3, 1, 1), (3, 1, 2)])
+def test_kill_and_resume(task, epoch, processes, weights, launch, tmp_path):
+    whole = run(launch, weights, processes=processes, folder="whole")
+    started = launch(function=run_and_die, processes=processes,
+                     arguments=(task, epoch, short(weights, "killed")))
+    assert started.wait()[0] == -9
+    assert run(launch, weights, "--resume", processes=processes, folder="killed") == whole
     assert same_model(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -447,12 +458,12 @@ def test_a_run_is_not_resumed_on_other_towers(weights, launch, tmp_path):
 
 
 def run_and_die(task, epoch, flags):
-    """A run that is killed right after this checkpoint."""
+    """A run whose rank 0 is killed right after it wrote this checkpoint."""
     end_epoch = utils.Run.end_epoch
 
     def dying(self, trainer, *rest):
         end_epoch(self, trainer, *rest)
-        if (trainer.task + 1, trainer.epoch + 1) == (task, epoch):
+        if (trainer.args.rank, trainer.task + 1, trainer.epoch + 1) == (0, task, epoch):
             os.kill(os.getpid(), signal.SIGKILL)
     utils.Run.end_epoch = dying
     run_file(ROOT, "tutorial.alta", flags)

@@ -268,6 +268,21 @@ def cross_task_validation():
     return table(["validation images, loss", "flags", *CAUSES], rows, left=2)
 
 
+def cross_task_cifar100():
+    """The same on CIFAR-100, one seed, and what the paper's poster says."""
+    rows, poster = [], load("published")[0]["cross_task"]
+    for memory, label, column in (("growing", "20 per class", "20"), ("joint", "all images", "all")):
+        found = [load(f"cifar100_bal_ft_{loss}_{memory}_seed0") for loss, _, _ in LOSSES]
+        for (_, name, _), runs in zip(LOSSES, found):
+            args = runs[0]["args"]
+            theirs, = (row[column] for row in poster if (row["tasks"], row["loss"]) == (10, name))
+            rows.append([f"{label}, {name}", f"{args['num_epochs']} + {args['num_epochs_ft']}", *causes(runs),
+                         f"{theirs[0]:g} ± {theirs[1]:g}"])
+        lasts = [runs[0]["last_accuracy"] for runs in found]
+        rows.append([f"{label}: +CTF minus -CTF", "", f"{lasts[0] - lasts[1]:.1f}", "", "", "", ""])
+    return table(["memory, loss", "epochs of stages 1 + 2", *CAUSES, "poster, last (%)"], rows)
+
+
 def cross_task_published():
     rows = load("published")[0]["cross_task"]
     memories = ("20", "10", "5", "2", "all")
@@ -388,7 +403,7 @@ def processes():
 TABLES = {f.__name__: f for f in (
     digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, base_50, cross_task, cross_task_validation,
-    cross_task_published, inference, itaml, itaml_cifar100,
+    cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
     itaml_published, alta, alta_speed)}
 
 
