@@ -99,7 +99,8 @@ class CilTrainer:
         self.args = args
         self.model = self.model_class(utils.create_backbone(args))
         # teacher: the frozen model of the task before. exemplars: an ImageSet for each known class,
-        # the most important image first. known_classes: their number, without this task's.
+        # the most important image first (--memory_size 0: none). known_classes: their number,
+        # without this task's.
         # `main` adds: run (files and checkpoints), task (its number), nb_new (its classes).
         self.teacher, self.exemplars, self.known_classes = None, [], 0
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
@@ -174,7 +175,7 @@ class CilTrainer:
         # Each rank computes the features of a share of the clean images and gets those of all,
         # so all ranks keep the same exemplars. From augmented images each rank would choose its
         # own, and together they would silently replay several times --memory_size.
-        if len(self.exemplars) == self.known_classes:  # else train_task has chosen them already
+        if len(self.exemplars) == self.known_classes:  # else chosen already, or no memory
             self.exemplars += utils.select_exemplars(self.model, new_data, m, self.args)
 
     def finish_task(self):

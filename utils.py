@@ -3,7 +3,7 @@
 1. command line and presets     2. processes, devices, seeds     3. data and transforms
 4. training helpers             5. evaluation                    6. what a run leaves on disk
 
-Nothing in here knows a method: the model, the loss and the loop are in template.py.
+No method is implemented here: the model, the loss and the loop are in template.py.
 """
 import argparse
 import contextlib
@@ -65,7 +65,8 @@ PRESETS = {
     "imagenet1000": dict(IMAGENET, num_bases=500, increment=100, memory_size=20000),
     "image_folder": dict(IMAGENET),
 }
-# Mean and standard deviation of the training pixels, and whether a mirror image keeps its class.
+# Mean and standard deviation of the training pixels (of the digits: of all 1,797, about), and
+# whether a mirror image keeps its class.
 STATISTICS = {
     "digits": ((0.3053,) * 3, (0.3764,) * 3, False),
     "mnist": ((0.1307,) * 3, (0.3081,) * 3, False),
@@ -82,7 +83,7 @@ class InputError(Exception):
 
 
 def fail(message, any_rank=False):
-    """End the launch with one line on stderr and exit code 2.
+    """End this process with one line on stderr and exit code 2; torchrun adds its own report.
 
     Rank 0 speaks for all, because bad input is mostly bad on every rank; `any_rank` is for what
     one rank alone has seen. The others wait for torchrun to end them: if one left first, torchrun
@@ -179,6 +180,16 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def fill_in(args):
+    """Give each flag that is not on the command line the value of its preset."""
+    # A method may bring presets: parser.set_defaults(presets={data set or "all": {flag: value}}).
+    own = vars(args).pop("presets", {})
+    own = {**own.get("all", {}), **own.get(args.data_set, {})}
+    for name, value in {**COMMON, **PRESETS[args.data_set], **own}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def setup(args):
     """Fill in the preset, check every flag, and join the processes of the launch.
 
@@ -186,12 +197,7 @@ def setup(args):
     names): nccl and one GPU per process where there is CUDA, gloo on the CPU, and no process
     group at all for a plain `python template.py`.
     """
-    # A method may bring presets: parser.set_defaults(presets={data set or "all": {flag: value}}).
-    own = vars(args).pop("presets", {})
-    own = {**own.get("all", {}), **own.get(args.data_set, {})}
-    for name, value in {**COMMON, **PRESETS[args.data_set], **own}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
     if args.num_workers is None:  # tiny images cost less to load than to pass between processes
         args.num_workers = min(8, available_cores() // here) if args.input_size > 16 else 0
@@ -204,14 +210,13 @@ def setup(args):
         near = timm.list_models(f"*{args.backbone.split('_')[0]}*")[:4]
         fail(f"unknown --backbone {args.backbone}: any name in timm.list_models() works"
              + ", such as " * bool(near) + ", ".join(near))
-    # Strengths above 9 ask Pillow to posterize to 0 bits, which Pillow 13 refuses.
-    if re.search(r"^v0|^rand(?=.*inc1)(?=.*(mstd|m10))(?!.*mmax\d(\D|$))", args.aa):
-        fail(f"--aa {args.aa} fails on some images: use rand-m9-mstd0.5-inc1-mmax9")
     try:
-        build_transform(args, train=True)
+        transform = build_transform(args, train=True)
     except Exception as error:
         fail(f"--aa {args.aa} is no auto-augment string of timm ({type(error).__name__} {error}): "
              "try rand-m9-mstd0.5-inc1-mmax9, or none")
+    if may_keep_no_bits(transform):
+        fail(f"--aa {args.aa} fails on some images: use rand-m9-mstd0.5-inc1-mmax9")
     gpus = torch.cuda.device_count()
     if args.device == "cuda" and gpus < here:
         fail(f"--device cuda: {here} processes on this machine, but torch finds {gpus} GPUs")
@@ -431,6 +436,21 @@ def build_transform(args, train):
     return transform
 
 
+def may_keep_no_bits(transform):
+    """Whether timm's auto-augment can posterize to 0 bits, which Pillow 13 refuses: at strength 10
+    where strengths increase (inc1), below 2.5 where they do not."""
+    for step in transform.transforms:
+        for op in getattr(step, "ops", [op for pair in getattr(step, "policy", []) for op in pair]):
+            spread = op.magnitude_std
+            low, high = ((0, op.magnitude) if math.isinf(spread) else  # drawn evenly, or around it
+                         (op.magnitude - 6 * spread, op.magnitude + 6 * spread))
+            reached = [min(max(strength, 0), op.magnitude_max or 10) for strength in (low, high)]
+            if "Posterize" in op.name and any(op.level_fn(strength, op.hparams)[0] < 1
+                                              for strength in reached):
+                return True
+    return False
+
+
 def open_image(source):
     """A path or an (H, W, 3) uint8 array as an RGB image; 16-bit grey keeps its upper 8 bits."""
     if not isinstance(source, str):
@@ -504,7 +524,7 @@ class SeededSampler(DistributedSampler):
 def train_loader(train_set, args):
     """Batches of batch_size / N images per rank. The incomplete last batch is left out, so the
     global batches hold the same images for every number N of processes that divides their size
-    (of a set smaller than a batch: all of it)."""
+    (of a set smaller than a batch: as many as N divides, so there N matters by a few)."""
     sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
     size = min(args.batch_size, len(train_set)) // args.world_size
     if size == 0:
@@ -953,6 +973,7 @@ class Run:
         for epoch in range(first, num_epochs):
             seed = set_seed(self.args.seed, *here, epoch, rank=self.args.rank)
             loader.sampler.set_epoch(seed)  # without the rank: one order of images for all
+            self.lr = scheduler.get_last_lr()[0]
             yield epoch
         set_seed(self.args.seed, *here, num_epochs)
 
@@ -972,7 +993,7 @@ class Run:
         if args.rank:
             return
         self.log.append({"task": trainer.task + 1, "stage": trainer.stage + 1,
-                         "epoch": trainer.epoch + 1, **averages, "lr": scheduler.get_last_lr()[0]})
+                         "epoch": trainer.epoch + 1, **averages, "lr": self.lr})
         write_tensors(self.dir / "checkpoint.pt", {
             "task": trainer.task, "stage": trainer.stage, "epoch": trainer.epoch,
             "model": trainer.model.state_dict(),

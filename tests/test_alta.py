@@ -403,7 +403,7 @@ def test_two_processes_and_classes_to_come(weights, launch, tmp_path):
 
 
 def test_the_schedule(weights, launch, tmp_path):
-    for schedule, first, second in (("constant", 1e-5, 1e-5), ("cosine", 0.001, 0.0)):
+    for schedule, first, second in (("constant", 1e-5, 1e-5), ("cosine", 0.002, 0.001)):
         run(launch, weights, f"--schedule={schedule}", "--stop_after_task=2", folder=schedule)
         log = [json.loads(line)["lr"] for line in (tmp_path / schedule / "log.jsonl").read_text().splitlines()]
         assert log == pytest.approx([first, second] * 2)

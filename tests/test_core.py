@@ -3,6 +3,7 @@ import ast
 import io
 import json
 import math
+import random
 import tokenize
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from PIL import Image
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from torch.nn import functional as F
 
@@ -431,6 +433,25 @@ def test_augmentation_depends_on_the_seed_alone():
     assert torch.equal(images[3, 7][0], images[3, 7][0])
     assert not torch.equal(images[3, 7][0], images[3, 8][0])
     assert torch.equal(images[3][0], images[3][0])  # no seed: no augmentation
+
+
+@pytest.mark.parametrize("aa", [
+    "rand-m1", "rand-m2-mstd0.5", "rand-m4-mstd0.2", "rand-m9-mstd0.5", "rand-m9-mstd101", "rand-inc1",
+    "rand-m15-inc1", "rand-m9-inc1", "rand-m9-mstd0.5-inc1-mmax9", "rand-m9-mstd101-inc1", "v0", "v0r",
+    "original", "3a", "augmix-m5-w4-d2", "none"])
+def test_augmentations_that_fail_on_some_images_are_found(aa):
+    """Pillow 13 refuses to posterize to 0 bits; found by looking at what Pillow is asked for."""
+    transform = utils.build_transform(SimpleNamespace(**{**vars(make_args("--data_set=cifar100")), "aa": aa}),
+                                      train=True)
+    step = [step for step in transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")]
+    asked, image = [], Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("PIL.ImageOps.posterize", lambda image, bits: asked.append(bits) or image)
+        random.seed(0)
+        for _ in range(1500 * len(step)):
+            step[0](image)
+    assert utils.may_keep_no_bits(transform) == (0 in asked)
+    assert bool(asked) == (aa not in ("none", "3a"))
 
 
 def test_loading_leaves_the_generator_of_dropout_alone():

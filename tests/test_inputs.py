@@ -31,7 +31,7 @@ def refused(launch, tmp_path):
         error = started.stderr()
         assert 2 in codes and set(codes) <= {2, -15}, (codes, error)
         assert error.count("\n") == 1 and error.startswith("error: "), error
-        assert started.stdout() == ""
+        assert all(line.startswith("[Gloo]") for line in started.stdout().splitlines())  # torch 2.8
         assert files() == before
         return error
     return run
@@ -43,7 +43,6 @@ def refused(launch, tmp_path):
     (["--herding_method=best"], "--herding_method best barycenter"),
     (["--aa=wild-m9"], "--aa wild-m9 rand-m9-mstd0.5-inc1-mmax9"),
     (["--aa=rand-m9-mstd0.5-inc1"], "--aa -mmax9"),
-    (["--aa=rand-inc1-m10-mmax10"], "--aa -mmax9"),
     (["--aa=v0"], "--aa -mmax9"),
     (["--num_bases=11"], "--num_bases 11 10 classes"),
     (["--increment=11"], "--increment 11 10 classes"),

@@ -249,6 +249,17 @@ def test_every_picture_is_drawn_from_the_files_and_used(tmp_path, monkeypatch):
                 assert np.array_equal(np.asarray(new), np.asarray(old)), path.name
 
 
+def test_the_commands_of_the_runs_give_the_arguments_of_their_files():
+    rows = re.findall(r"^\| `(\S+)` \| `((?:template\.py|-m tutorial\.\w+)) ?([^`]*)` \|", figures.runs(), re.M)
+    assert {program for _, program, _ in rows} == set(figures.PROGRAMS.values())
+    for name, program, flags in rows:
+        args = figures.parser_of(program).parse_args(flags.split())
+        utils.fill_in(args)
+        for run in figures.load(f"{name}_seed*"):
+            wrong = {key for key, value in run["args"].items() if value != getattr(args, key, None)}
+            assert wrong <= {"seed", *figures.OF_THE_MACHINE}, name
+
+
 def test_every_group_of_runs_on_digits_has_ten_finished_seeds():
     groups = {}
     for path in (ROOT / "tutorial/results").glob("digits_*_seed*.json"):

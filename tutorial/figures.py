@@ -9,6 +9,7 @@ A table stands between <!-- table NAME --> and <!-- end -->, a single number bet
 number in a text can differ from its file. DIR is CIFAR-100 as a folder of images.
 """
 import argparse
+import importlib
 import json
 import re
 from pathlib import Path
@@ -163,8 +164,22 @@ def published():
     return table(["method", "protocol", "source", "average (%)", "last (%)"], rows, left=3)
 
 
+# The program of each method that has one; further runs change the template.
+PROGRAMS = {"WA": "template.py", "ICaRL": "-m tutorial.icarl", "LUCIR": "-m tutorial.lucir",
+            "PODNet": "-m tutorial.podnet", "LUCIR+AANets": "-m tutorial.aanets", "BalFT": "-m tutorial.bal_ft",
+            "BalJoint": "-m tutorial.bal_ft", "ITAML": "-m tutorial.itaml", "ALTA": "-m tutorial.alta",
+            "FeatureKD": "-m tutorial.feature_kd"}
+OF_THE_MACHINE = ("data_path", "num_workers", "output_dir", "plots", "device", "clip", "clip_weights")
+
+
+def parser_of(program):
+    """The parser of `template.py` (also of changed templates) or of `-m tutorial.NAME`."""
+    import utils
+    return (importlib.import_module(program[3:]) if program.startswith("-m ") else utils).get_parser()
+
+
 def runs():
-    """What was run: the flags that differ from the preset, the seeds, the minutes of one run."""
+    """What was run: the program, its flags, the seeds, the minutes of one run."""
     import utils
     rows, groups = [], {}
     for path in sorted((ROOT / "tutorial/results").glob("*_seed*.json")):
@@ -173,16 +188,21 @@ def runs():
         args = {key: value for key, value in found[0]["args"].items() if key != "seed"}
         # (A flag that came later is in the files of later seeds only.)
         assert all(run["args"][key] == value for run in found for key, value in args.items()), name
-        preset = {**vars(utils.get_parser().parse_args([])), **utils.COMMON,
-                  **utils.PRESETS[args["data_set"]]}
-        ours = {key: value for key, value in args.items() if value != preset.get(key)
-                and key not in ("data_path", "num_workers", "output_dir", "plots", "device", "clip")}
-        flags = [f"--{key}" if value is True else f"--{key} {value}" for key, value in ours.items()]
+        program = PROGRAMS.get(found[0]["method"], "a changed `template.py`")
+        preset = parser_of(program).parse_args([f"--data_set={args['data_set']}"])
+        utils.fill_in(preset)
+        flags = [f"--data_set {args['data_set']}"] * (args["data_set"] != "digits")
+        for key, value in args.items():
+            if key in ("data_set", *OF_THE_MACHINE) or value == getattr(preset, key):
+                continue
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            flags.append(f"--{key}" if value is True else f"--no-{key}" if value is False else f"--{key} {text}")
+        command = f"`{' '.join([program, *flags])}`" if program in PROGRAMS.values() else " ".join(
+            [program, *[f"`{flag}`" for flag in flags]])
         seeds = [run["args"]["seed"] for run in found]
-        rows.append([f"`{name}`", f"`{' '.join(flags)}`" if flags else "none",
-                     f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else seeds[0],
+        rows.append([f"`{name}`", command, f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else seeds[0],
                      f"{np.median([run['seconds'] for run in found]) / 60:.1f}"])
-    return table(["files", "flags", "seeds", "minutes"], rows, left=3)
+    return table(["files", "command", "seeds", "minutes"], rows, left=3)
 
 
 def methods():
@@ -403,7 +423,7 @@ def processes():
 TABLES = {f.__name__: f for f in (
     digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, base_50, cross_task, cross_task_validation,
-    cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
+    cross_task_published, inference, itaml, itaml_cifar100,
     itaml_published, alta, alta_speed)}
 
 
@@ -903,6 +923,23 @@ def draw_cross_task():
     lines.set(xlabel="tasks learned", ylabel="cumulative accuracy (%)", xticks=range(1, tasks + 1),
               ylim=(0, 102), title="3 exemplars per class")
     lines.legend(fontsize=8, ncols=2, loc="lower left")
+    return figure
+
+
+def draw_cross_task_cifar100():
+    """Accuracy after each task, with the two memories and losses; the poster's last ones as stars."""
+    figure, axes = new_figure(7, 4)
+    poster = {row["loss"]: row for row in load("published")[0]["cross_task"] if row["tasks"] == 10}
+    for memory, label, column, style in (("joint", "all images", "all", "--"), ("growing", "20 per class", "20", "-")):
+        for loss, name, colour in LOSSES:
+            run, = load(f"cifar100_bal_ft_{loss}_{memory}_seed0")
+            classes = np.cumsum(run["increments"])
+            axes.plot(classes, run["acc1s"], "o" + style, color=colour, label=f"{label}, {name}")
+            axes.plot(103, poster[name][column][0], "*", color=colour, ms=12)
+    axes.plot([], [], "*", color=GREY, ms=12, label="the paper's, after the last task")
+    axes.set(xlabel="classes learned", ylabel="test accuracy on all classes so far (%)", xticks=classes,
+             ylim=(0, 102), title="CIFAR-100, 10 tasks, seed 0")
+    axes.legend(fontsize=9, ncols=2, loc="lower left")
     return figure
 
 
