@@ -411,6 +411,21 @@ def test_bad_input_of_the_programs_is_one_line(launch, module, arguments, messag
     assert message in started.stderr() and started.stderr().count("\n") == 1
 
 
+def test_the_model_of_another_network_is_one_line(small_run, launch, tmp_path):
+    """Such as LUCIR's, whose heads have no bias."""
+    whole, old = small_run
+    saved = torch.load(old / "model.pt", weights_only=True)
+    for name in [name for name in saved["state_dict"] if name.startswith("fc.") and name.endswith("bias")]:
+        del saved["state_dict"][name]
+    torch.save(saved, tmp_path / "other.pt")
+    for arguments in (("tutorial.use", ["other.pt", str(next((whole / "test/red").iterdir()))]),
+                      ("tutorial.grow", ["--model=other.pt", f"--data_path={whole}", "--increment=1",
+                                         "--batch_size=8", "--memory_size=12", "--num_workers=0"])):
+        started = launch(function=run_file, arguments=(ROOT, *arguments))
+        assert started.wait() == [2] and "other.pt holds another network" in started.stderr()
+        assert started.stderr().count("\n") == 1
+
+
 def test_growing_needs_all_old_classes(small_run, launch, tmp_path):
     whole, old = small_run
 

@@ -13,6 +13,7 @@ import torch
 
 import utils
 from template import CilTrainer, main
+from tutorial.use import OTHER_NETWORK
 
 
 class GrownWA(CilTrainer):
@@ -24,10 +25,13 @@ class GrownWA(CilTrainer):
         if self.task == 0:
             saved = torch.load(self.args.model, map_location="cpu", weights_only=True)
             weights = saved["state_dict"]
-            for kind in ("weight", "bias"):  # the old heads, one for each old task, become one
-                heads = [f"fc.heads.{i}.{kind}" for i in range(len(saved["increments"]))]
-                weights[f"fc.heads.0.{kind}"] = torch.cat([weights.pop(name) for name in heads])
-            self.model.load_state_dict(weights)
+            try:
+                for kind in ("weight", "bias"):  # the old heads, one for each old task, become one
+                    heads = [f"fc.heads.{i}.{kind}" for i in range(len(saved["increments"]))]
+                    weights[f"fc.heads.0.{kind}"] = torch.cat([weights.pop(name) for name in heads])
+                self.model.load_state_dict(weights)
+            except (KeyError, RuntimeError):
+                utils.fail(f"--model {self.args.model} holds {OTHER_NETWORK}")
 
     def train_task(self, train_set):
         """Nothing to learn in the first task. Its exemplars are chosen as after any other."""

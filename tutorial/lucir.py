@@ -52,7 +52,7 @@ def freeze_old_rows(heads):
 
 def balanced_finetune(trainer, train_set, reinit=False):
     """A second stage from the second task on: the heads alone, old and new, for --num_epochs_ft
-    epochs on the exemplars, which are as many of each class. reinit: begin with new heads."""
+    epochs on the exemplars, the same number of each class. reinit: begin with new heads."""
     args = trainer.args
     if args.num_epochs_ft and trainer.exemplars:
         trainer.update_memory(train_set.select(train_set.y >= trainer.known_classes))

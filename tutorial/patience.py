@@ -91,4 +91,4 @@ def add_arguments(parser):
         "so far, which are then kept beside the memory")
     add("--validation_share", type=utils.number(1e-6, 0.5), default=0.1, help="of each class (0.1)")
     add("--lr_factor", type=utils.number(1.01), default=3.0, help="the rate is divided by it (3)")
-    add("--lr_min", type=utils.number(1e-12), default=1e-4, help="below it a task is over (1e-4)")
+    add("--lr_min", type=utils.number(1e-12), default=1e-4, help="below it a stage is over (1e-4)")

@@ -39,22 +39,22 @@ class LocalSimilarityClassifier(CilClassifier):
 
 
 class PODModel(CilModel):
-    """Returns the feature maps of the stages beside logits and features."""
+    """Returns the feature maps of the levels beside logits and features."""
 
     def __init__(self, backbone):
         super().__init__(backbone)
         self.fc = LocalSimilarityClassifier(self.backbone.num_features)
 
     def forward(self, images):
-        stages = min(4, len(self.backbone.feature_info))
-        last, maps = self.backbone.forward_intermediates(images, indices=stages)
+        levels = min(4, len(self.backbone.feature_info))
+        last, maps = self.backbone.forward_intermediates(images, indices=levels)
         features = self.backbone.forward_head(last, pre_logits=True)  # (batch, embed_dim)
         return self.fc(features), features, maps
 
 
 def pod_spatial(old_maps, maps):
     """Distance of the maps (batch, C, H, W), squared, summed over width and over height, and then
-    normalised; the mean over the stages."""
+    normalised; the mean over the levels."""
     def pooled(x):
         x = x.float().pow(2)
         return F.normalize(torch.cat([x.sum(3).flatten(1), x.sum(2).flatten(1)], dim=1), dim=1)

@@ -17,6 +17,8 @@ import torch
 import utils
 from template import CilModel
 
+OTHER_NETWORK = "another network than template.py's: such a method needs a loader of its own"
+
 
 def load(path):
     """A trained model from model.pt. Returns (model, transform, class names): the transform turns
@@ -30,7 +32,10 @@ def load(path):
     model = CilModel(utils.create_backbone(args))
     for nb_classes in saved["increments"]:  # the shape first, then the weights
         model.expand(nb_classes)
-    model.load_state_dict(saved["state_dict"])
+    try:
+        model.load_state_dict(saved["state_dict"])
+    except RuntimeError:
+        utils.fail(f"{path} holds {OTHER_NETWORK}")
     names = saved["class_names"][:sum(saved["increments"])]
     return model.freeze(), utils.build_transform(args, train=False), names
 
