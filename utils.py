@@ -65,8 +65,8 @@ PRESETS = {
     "imagenet1000": dict(IMAGENET, num_bases=500, increment=100, memory_size=20000),
     "image_folder": dict(IMAGENET),
 }
-# Mean and standard deviation of the training pixels (of the digits: of all 1,797, about), and
-# whether a mirror image keeps its class.
+# Mean and standard deviation of the training pixels (for the digits: of all 1,797,
+# approximately), and whether a mirror image keeps its class.
 STATISTICS = {
     "digits": ((0.3053,) * 3, (0.3764,) * 3, False),
     "mnist": ((0.1307,) * 3, (0.3081,) * 3, False),
@@ -267,9 +267,11 @@ def gather(shard, size, args):
 
 def first_problem(problem, args):
     """What went wrong (a text, or None) on the first rank where something did; the same on every
-    rank. So `fail` says once what only some ranks have seen, and none waits for a rank that left."""
+    rank. So `fail` says once what some ranks have seen, and none waits for a rank that left."""
     problems = [problem]
     if args.distributed:
+        if problem and args.rank:
+            problem = f"rank {args.rank}: {problem}"  # perhaps on another machine
         problems = [None] * args.world_size
         dist.all_gather_object(problems, problem)
     return next(filter(None, problems), None)
@@ -438,12 +440,13 @@ def build_transform(args, train):
 
 def may_keep_no_bits(transform):
     """Whether timm's auto-augment can posterize to 0 bits, which Pillow 13 refuses: at strength 10
-    where strengths increase (inc1), below 2.5 where they do not."""
+    where a larger one changes more (inc1, augmix), below 2.5 where it changes less."""
     for step in transform.transforms:
         for op in getattr(step, "ops", [op for pair in getattr(step, "policy", []) for op in pair]):
-            spread = op.magnitude_std
-            low, high = ((0, op.magnitude) if math.isinf(spread) else  # drawn evenly, or around it
-                         (op.magnitude - 6 * spread, op.magnitude + 6 * spread))
+            spread = 6 * op.magnitude_std  # beyond that once in a billion draws
+            low, high = op.magnitude - spread, op.magnitude + spread
+            if math.isinf(spread):  # drawn evenly from 0 to the strength, which is left out
+                low, high = 0, math.nextafter(op.magnitude, 0)
             reached = [min(max(strength, 0), op.magnitude_max or 10) for strength in (low, high)]
             if "Posterize" in op.name and any(op.level_fn(strength, op.hparams)[0] < 1
                                               for strength in reached):
@@ -523,8 +526,9 @@ class SeededSampler(DistributedSampler):
 
 def train_loader(train_set, args):
     """Batches of batch_size / N images per rank. The incomplete last batch is left out, so the
-    global batches hold the same images for every number N of processes that divides their size
-    (of a set smaller than a batch: as many as N divides, so there N matters by a few)."""
+    global batches hold the same images for every number N of processes that divides their size.
+    (A smaller set is one batch of the largest multiple of N images in it, so there N changes the
+    batch by up to N - 1 images.)"""
     sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
     size = min(args.batch_size, len(train_set)) // args.world_size
     if size == 0:

@@ -387,6 +387,8 @@ def test_half_precision(weights, launch, tmp_path):
         run(launch, weights, f"--amp={amp}", "--stop_after_task=2", folder=amp)
         lines = (tmp_path / amp / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
+        scaler = torch.load(tmp_path / amp / "checkpoint.pt", weights_only=True)["scaler"]
+        assert bool(scaler) == (amp == "fp16")
     assert losses[0] != losses[1] and np.allclose(*losses, rtol=0.02)
 
 

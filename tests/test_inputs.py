@@ -5,12 +5,15 @@ import pickle
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT, run_template
 from PIL import Image
+
+import utils
 
 FOLDER = ["--data_set=image_folder", "--backbone=resnet20", "--input_size=16", "--num_bases=2",
           "--increment=1", "--batch_size=4", "--num_epochs=1", "--memory_size=8", "--aa=none",
@@ -80,9 +83,23 @@ def test_flags_that_cannot_be(refused, flags, words):
     assert "Traceback" not in error
 
 
+def problems_of_two_ranks(folder):
+    args = utils.get_parser().parse_args([])
+    utils.setup(args)
+    heard = [utils.first_problem(problem, args) for problem in (
+        None, "x" if args.rank == 1 else None, "y" if args.rank == 0 else None, f"z{args.rank}")]
+    Path(folder, f"rank{args.rank}").write_text(json.dumps(heard))
+
+
+def test_all_ranks_hear_of_the_first_problem(launch, tmp_path):
+    assert launch(function=problems_of_two_ranks, arguments=(str(tmp_path),), processes=2).wait() == [0, 0]
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank{rank}").read_text()) == [None, "rank 1: x", "y", "z0"]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_data_set_that_cannot_be_downloaded(refused, tmp_path, processes):
-    """Rank 0 alone tries it; the others neither wait for ever nor say it again."""
+    """Rank 0 alone tries it, and says it."""
     (tmp_path / "file").write_text("no folder")
     error = refused("--data_set=cifar10", f"--data_path={tmp_path / 'file'}", processes=processes)
     assert "cifar10 is not in" in error and "could not be downloaded" in error

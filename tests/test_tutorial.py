@@ -422,8 +422,9 @@ def test_the_model_of_another_network_is_one_line(small_run, launch, tmp_path):
                       ("tutorial.grow", ["--model=other.pt", f"--data_path={whole}", "--increment=1",
                                          "--batch_size=8", "--memory_size=12", "--num_workers=0"])):
         started = launch(function=run_file, arguments=(ROOT, *arguments))
-        assert started.wait() == [2] and "other.pt holds another network" in started.stderr()
+        assert started.wait() == [2] and "other.pt holds no CilModel" in started.stderr()
         assert started.stderr().count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_growing_needs_all_old_classes(small_run, launch, tmp_path):

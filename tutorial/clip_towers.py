@@ -45,9 +45,9 @@ class ClipTowers:
     No `nn.Module`, and that is the point: what holds it does not find its weights. They are in no
     checkpoint and no optimizer, DDP and `train()` pass it by, and copies of a model share it.
 
-    image_dim: D, of the features; width: W, of a word's embedding; scale: s, what CLIP
-    learnt to multiply cosines by, 100 in OpenAI's weights. mean, std: of the pixels that the towers expect; the
-    images come with those of the data set (as by default).
+    image_dim: D, of the features; width: W, of a word's embedding; scale: s, what CLIP learnt to
+    multiply cosines by, 100 in OpenAI's weights. mean, std: of the pixels that the towers expect;
+    the images come with those of the data set (as by default).
     """
 
     def __init__(self, clip, args, mean=None, std=None):

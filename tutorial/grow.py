@@ -13,7 +13,7 @@ import torch
 
 import utils
 from template import CilTrainer, main
-from tutorial.use import OTHER_NETWORK
+from tutorial.use import load
 
 
 class GrownWA(CilTrainer):
@@ -25,13 +25,10 @@ class GrownWA(CilTrainer):
         if self.task == 0:
             saved = torch.load(self.args.model, map_location="cpu", weights_only=True)
             weights = saved["state_dict"]
-            try:
-                for kind in ("weight", "bias"):  # the old heads, one for each old task, become one
-                    heads = [f"fc.heads.{i}.{kind}" for i in range(len(saved["increments"]))]
-                    weights[f"fc.heads.0.{kind}"] = torch.cat([weights.pop(name) for name in heads])
-                self.model.load_state_dict(weights)
-            except (KeyError, RuntimeError):
-                utils.fail(f"--model {self.args.model} holds {OTHER_NETWORK}")
+            for kind in ("weight", "bias"):  # the old heads, one for each old task, become one
+                heads = [f"fc.heads.{i}.{kind}" for i in range(len(saved["increments"]))]
+                weights[f"fc.heads.0.{kind}"] = torch.cat([weights.pop(name) for name in heads])
+            self.model.load_state_dict(weights)
 
     def train_task(self, train_set):
         """Nothing to learn in the first task. Its exemplars are chosen as after any other."""
@@ -53,6 +50,7 @@ def continue_from(args):
     except Exception as error:
         utils.fail(f"--model {args.model} --data_path {args.data_path}: needs the model.pt of a "
                    f"finished run and a folder with train/<class>/* ({error})")
+    load(args.model)  # says so and ends here if the network is no CilModel
     for name in ("data_set", "backbone", "input_size"):
         setattr(args, name, saved["args"][name])
     if args.data_set == "digits":

@@ -17,8 +17,6 @@ import torch
 import utils
 from template import CilModel
 
-OTHER_NETWORK = "another network than template.py's: such a method needs a loader of its own"
-
 
 def load(path):
     """A trained model from model.pt. Returns (model, transform, class names): the transform turns
@@ -35,7 +33,7 @@ def load(path):
     try:
         model.load_state_dict(saved["state_dict"])
     except RuntimeError:
-        utils.fail(f"{path} holds {OTHER_NETWORK}")
+        utils.fail(f"{path} holds no CilModel of template.py: another network needs its own loader")
     names = saved["class_names"][:sum(saved["increments"])]
     return model.freeze(), utils.build_transform(args, train=False), names
 
