@@ -218,6 +218,16 @@ def methods():
     return table(["method", "command", *(title for _, title in SUMMARY)], rows, left=2)
 
 
+def aanets():
+    """The ablations of AANets on the digits."""
+    return summary_table([
+        ("LUCIR alone, chapter 15", "", "digits_lucir_seed*"),
+        ("one branch", "--branch_mode single --branch_1 free", "digits_aanets_single_seed*"),
+        ("two equal branches", "--branch_1 free --branch_2 free --fusion_lr 0", "digits_aanets_free_seed*"),
+        ("stable and plastic, α one half", "--fusion_lr 0", "digits_aanets_half_seed*"),
+        ("LUCIR + AANets: α learned", "", "digits_aanets_lucir_seed*")])
+
+
 # The methods on CIFAR-100: file name, label, colour.
 CIFAR_METHODS = [("wa", "WA", GREY), ("icarl", "iCaRL", PINK), ("lucir", "LUCIR", BLUE),
                  ("podnet", "PODNet", ORANGE), ("aanets_lucir", "LUCIR + AANets", GREEN)]
@@ -423,8 +433,8 @@ def processes():
 
 TABLES = {f.__name__: f for f in (
     digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
-    runs, ranks, speed, loading, processes, methods, cifar100_methods, base_50, cross_task, cross_task_validation,
-    cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
+    runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
+    cross_task_validation, cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
     itaml_published, alta, alta_speed)}
 
 
