@@ -277,6 +277,22 @@ def first_problem(problem, args):
     return next(filter(None, problems), None)
 
 
+def rank_0_first(make, args):
+    """make() on rank 0, then on the others, which find on disk what rank 0 downloaded. Returns what
+    it made and None, or None and what went wrong (`first_problem`)."""
+    made = problem = None
+    for turn in (True, False):
+        if (args.rank == 0) == turn:
+            try:
+                made = make()
+            except Exception as error:
+                problem = f"{type(error).__name__}: {str(error)[:200]}"
+        problem = first_problem(problem, args)
+        if problem:
+            return None, problem
+    return made, None
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. Data and transforms
 # ---------------------------------------------------------------------------------------------
@@ -342,20 +358,14 @@ def load_data(args):
                   fashion_mnist="FashionMNIST").get(args.data_set)
     if source is None or (Path(args.data_path) / "train").is_dir():
         return load_folder(args)
-    problem = None
-    for turn in (True, False):  # rank 0 downloads, then the others find the files there
-        if (args.rank == 0) == turn:
-            try:
-                with contextlib.redirect_stdout(sys.stderr):
-                    found = [getattr(continuum_datasets, source)(
-                        args.data_path, train=train, download=turn) for train in (True, False)]
-            except Exception as error:
-                problem = f"{type(error).__name__}: {str(error)[:200]}"
-        problem = first_problem(problem, args)
-        if problem:
-            fail(f"{args.data_set} is not in {args.data_path} and could not be downloaded "
-                 f"({problem}): give --data_path a folder with its files, or with train/<class>/* "
-                 "and test/<class>/*")
+    source = getattr(continuum_datasets, source)
+    with contextlib.redirect_stdout(sys.stderr):
+        found, problem = rank_0_first(lambda: [
+            source(args.data_path, train=train, download=args.rank == 0)
+            for train in (True, False)], args)
+    if problem:
+        fail(f"{args.data_set} is not in {args.data_path} and could not be downloaded ({problem}): "
+             "give --data_path a folder with its files, or with train/<class>/* and test/<class>/*")
     splits = [split.get_data()[:2] for split in found]
     splits = [(np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x, y) for x, y in splits]
     names = getattr(getattr(found[0], "dataset", None), "classes", None)  # SVHN has none

@@ -440,8 +440,9 @@ def test_augmentation_depends_on_the_seed_alone():
     "rand-mstd101-inc1", "original", "3a", "augmix-m10", "augmix-m11", "none"])
 def test_augmentations_that_fail_on_some_images_are_found(aa):
     """Pillow 13 refuses to posterize to 0 bits; found by looking at what Pillow is asked for."""
-    transform = utils.build_transform(SimpleNamespace(**{**vars(make_args("--data_set=cifar100")), "aa": aa}),
-                                      train=True)
+    args = make_args("--data_set=cifar100")
+    args.aa = aa
+    transform = utils.build_transform(args, train=True)
     steps = [step for step in transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")]
     asked, image = [], Image.fromarray(np.zeros((32, 32, 3), np.uint8))
     with pytest.MonkeyPatch.context() as patch:

@@ -110,21 +110,14 @@ def load(args):
         return tiny_clip.load(args)
     name = f"{args.visual.replace('/', '-')}-quickgelu"  # without it: other activations, silently
     make = functools.partial(open_clip.create_model, name, precision="fp32")
-    problem = None
     logging.disable(logging.ERROR)  # what goes wrong is said once, below
-    for turn in (True, False):  # rank 0 downloads, then the others find the files there
-        if (args.rank == 0) == turn:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    clip = read(make, args.clip_weights)
-            except Exception as error:
-                problem = f"{type(error).__name__}: {str(error)[:200]}"
-        problem = utils.first_problem(problem, args)
-        if problem:
-            utils.fail(f"--visual {args.visual} --clip_weights {args.clip_weights}: {problem}; "
-                       "without a network pass a file of OpenAI's weights, or --visual tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clip, problem = utils.rank_0_first(lambda: read(make, args.clip_weights), args)
     logging.disable(logging.NOTSET)
+    if problem:
+        utils.fail(f"--visual {args.visual} --clip_weights {args.clip_weights}: {problem}; "
+                   "without a network pass a file of OpenAI's weights, or --visual tiny")
     return ClipTowers(clip, args, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 

@@ -64,11 +64,12 @@ def summary(label, runs):
     return [*label, *(mean_std([run[key] for run in runs]) for key, _ in SUMMARY)]
 
 
-def summary_table(rows, head=("method", "flags")):
-    """A row for each (label, flags, files): mean ± standard deviation over the seeds."""
+def summary_table(rows, head=("method", "flags"), above=()):
+    """A row for each (label, flags, files): mean ± standard deviation over the seeds. above: rows
+    that are ready, to stand before them."""
     lines = [summary((label, f"`{flags}`" if flags else "none"), load(files))
              for label, flags, files in rows]
-    return table([*head, *(title for _, title in SUMMARY)], lines, left=2)
+    return table([*head, *(title for _, title in SUMMARY)], [*above, *lines], left=2)
 
 
 def digits():
@@ -298,12 +299,22 @@ def cross_task_validation():
     return table(["validation images, loss", "flags", *CAUSES], rows, left=2)
 
 
+# Memory of BAL_FT on CIFAR-100: file name, label, column of the paper's poster, line.
+CIFAR_MEMORIES = [("growing", "20 per class", "20", "-"), ("joint", "all images", "all", "--")]
+
+
+def poster(name, column):
+    """[mean, deviation] of the last accuracy with ten tasks and the loss +CTF or -CTF."""
+    row, = (row for row in load("published")[0]["cross_task"] if (row["tasks"], row["loss"]) == (10, name))
+    return row[column]
+
+
 def cross_task_cifar100():
     """The same on CIFAR-100, one seed, and what the paper's poster says."""
-    rows, poster = [], {row["loss"]: row for row in load("published")[0]["cross_task"] if row["tasks"] == 10}
-    for memory, label, column in (("growing", "20 per class", "20"), ("joint", "all images", "all")):
+    rows = []
+    for memory, label, column, _ in CIFAR_MEMORIES:
         found = [load(f"cifar100_bal_ft_{loss}_{memory}_seed0") for loss, _, _ in LOSSES]
-        theirs = [poster[name][column] for _, name, _ in LOSSES]  # mean, deviation
+        theirs = [poster(name, column) for _, name, _ in LOSSES]
         for (_, name, _), runs, (mean, deviation) in zip(LOSSES, found, theirs):
             args = runs[0]["args"]
             rows.append([f"{label}, {name}", f"{args['num_epochs']} + {args['num_epochs_ft']}", *causes(runs),
@@ -381,12 +392,10 @@ CLIP_RUNS = [("sgd", "lower bound: ALTA without a memory", "--memory_size 0"),
 
 
 def alta():
-    runs = [(label, f"`{flags}`" if flags else "none", load(f"digits_alta_{name}_seed*"))
-            for name, label, flags in CLIP_RUNS]
-    untrained = load("alta")[0]["seeds"]["zero_shot"][:len(runs[0][2])]  # of the same seeds
-    return table(["what learns", "flags", *(title for _, title in SUMMARY)], [
-        ["nothing: zero-shot", "", "", mean_std(untrained), ""],
-        *(summary((label, flags), found) for label, flags, found in runs)], left=2)
+    untrained = load("alta")[0]["seeds"]["zero_shot"]  # of the same ten seeds
+    return summary_table([(label, flags, f"digits_alta_{name}_seed*") for name, label, flags in CLIP_RUNS],
+                         head=("what learns", "flags"),
+                         above=[["nothing: zero-shot", "", "", mean_std(untrained), ""]])
 
 
 def alta_speed():
@@ -940,13 +949,12 @@ def draw_cross_task():
 def draw_cross_task_cifar100():
     """Accuracy after each task, with the two memories and losses; the poster's last ones as stars."""
     figure, axes = new_figure(7, 4)
-    poster = {row["loss"]: row for row in load("published")[0]["cross_task"] if row["tasks"] == 10}
-    for memory, label, column, style in (("joint", "all images", "all", "--"), ("growing", "20 per class", "20", "-")):
+    for memory, label, column, style in reversed(CIFAR_MEMORIES):
         for loss, name, colour in LOSSES:
             run, = load(f"cifar100_bal_ft_{loss}_{memory}_seed0")
             classes = np.cumsum(run["increments"])
             axes.plot(classes, run["acc1s"], "o" + style, color=colour, label=f"{label}, {name}")
-            axes.plot(103, poster[name][column][0], "*", color=colour, ms=12)
+            axes.plot(103, poster(name, column)[0], "*", color=colour, ms=12)
     axes.plot([], [], "*", color=GREY, ms=12, label="the paper's, after the last task")
     axes.set(xlabel="classes learned", ylabel="test accuracy on all classes so far (%)", xticks=classes,
              ylim=(0, 102), title="CIFAR-100, 10 tasks, seed 0")
@@ -1047,8 +1055,8 @@ def draw_transforms(data_path):
     return figure
 
 
-PICTURES = [draw_digits, draw_cifar100, draw_cifar100_methods, draw_forgetting, draw_confusion, draw_exemplars, draw_norms,
-            draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp,
+PICTURES = [draw_digits, draw_cifar100, draw_cifar100_methods, draw_forgetting, draw_confusion, draw_exemplars,
+            draw_norms, draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp,
             draw_icarl, draw_lucir, draw_podnet, draw_aanets, draw_alphas, draw_cross_task_loss, draw_cross_task,
             draw_cross_task_cifar100, draw_itaml, draw_continuum, draw_alta, draw_alta_digits]
 PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
