@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import utils
 
 open_clip = pytest.importorskip("open_clip")
-from tutorial import alta, clip_towers, tiny_clip  # noqa: E402
+from tutorial.methods import alta, clip_towers, tiny_clip  # noqa: E402
 
 ALTA = "oritext_mlp2cprompt_oriimg"
 
@@ -364,7 +364,7 @@ def short(weights, folder, *flags):
 
 def run(launch, weights, *flags, processes=1, folder="out", main=run_file):
     started = launch(function=main, processes=processes, arguments=(
-        ROOT, "tutorial.alta", short(weights, folder, *flags)))
+        ROOT, "tutorial.methods.alta", short(weights, folder, *flags)))
     assert started.wait() == [0] * processes, started.stderr()
     return read_results(started.folder / folder)
 
@@ -455,7 +455,7 @@ def test_a_run_is_not_resumed_on_other_towers(weights, launch, tmp_path):
     checkpoint["results"]["args"]["clip_weights"] = str(other)
     torch.save(checkpoint, tmp_path / "out/checkpoint.pt")
     started = launch(function=run_file, arguments=(
-        ROOT, "tutorial.alta", short(other, "out", "--num_epochs=1", "--resume")))
+        ROOT, "tutorial.methods.alta", short(other, "out", "--num_epochs=1", "--resume")))
     assert started.wait() == [2] and "was made with --clip " in started.stderr()
 
 
@@ -468,17 +468,17 @@ def run_and_die(task, epoch, flags):
         if (trainer.args.rank, trainer.task + 1, trainer.epoch + 1) == (0, task, epoch):
             os.kill(os.getpid(), signal.SIGKILL)
     utils.Run.end_epoch = dying
-    run_file(ROOT, "tutorial.alta", flags)
+    run_file(ROOT, "tutorial.methods.alta", flags)
 
 
 def test_the_files_are_small():
     for name, limit in (("alta", 185), ("clip_towers", 100), ("tiny_clip", 75)):
-        assert lines_of_code(ROOT / f"tutorial/{name}.py")[0] <= limit, name
+        assert lines_of_code(ROOT / f"tutorial/methods/{name}.py")[0] <= limit, name
 
 
 def test_the_tiny_clip_can_be_kept_in_a_file(launch, tmp_path):
     """The file holds what a run would train for itself, and is never overwritten."""
-    arguments = (ROOT, "tutorial.tiny_clip", ["kept/tiny.pt", "--seed=3", "--num_steps=2"])
+    arguments = (ROOT, "tutorial.methods.tiny_clip", ["kept/tiny.pt", "--seed=3", "--num_steps=2"])
     assert launch(function=run_file, arguments=arguments).wait() == [0]
     saved = torch.load(tmp_path / "kept/tiny.pt", weights_only=True)
     again = launch(function=run_file, arguments=arguments)
@@ -574,19 +574,19 @@ def test_the_six_towers_have_the_published_sizes():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--clip_weights=nowhere.pt"], "--clip_weights nowhere.pt: not written by tutorial.tiny_clip"),
+    (["--clip_weights=nowhere.pt"], "--clip_weights nowhere.pt: not written by tutorial.methods.tiny_clip"),
     (["--visual=RN50", "--clip_weights=nowhere.pt"], "without a network pass a file of OpenAI's weights"),
     (["--visual=RN50x4", "--input_size=224"], "the image tower RN50x4 takes 288"),
     (["--visual=VGG"], "--visual"), (["--alpha=-1"], "--alpha"), (["--clip_method=coop"], "--clip_method")])
 def test_bad_input_is_one_line(flags, message, launch):
-    started = launch(function=run_file, arguments=(ROOT, "tutorial.alta", flags))
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.methods.alta", flags))
     assert started.wait() == [2]
     assert started.stderr().startswith("error: ") and started.stderr().count("\n") == 1
     assert message in started.stderr()
 
 
 def test_without_a_network_the_error_says_what_to_pass(tmp_path):
-    ended = subprocess.run([sys.executable, "-m", "tutorial.alta", "--visual=RN50"], cwd=tmp_path,
+    ended = subprocess.run([sys.executable, "-m", "tutorial.methods.alta", "--visual=RN50"], cwd=tmp_path,
                            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
                            capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1

@@ -566,7 +566,7 @@ def test_the_template_is_complete_and_names_no_other_method():
 
 def test_digits_show_what_each_ingredient_does():
     """Over ten recorded seeds each step of WA adds more than a standard error."""
-    from tutorial import figures
+    from tutorial.tools import figures
     runs = [figures.load(f"digits_{name}_seed*") for name in ("finetune", "replay", "replay_kd", "wa")]
     scores = np.array([[run["average_incremental_accuracy"] for run in method] for method in runs])
     assert scores.shape == (4, 10)

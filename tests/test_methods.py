@@ -13,7 +13,7 @@ from test_resume import same_model
 from torch.nn import functional as F
 
 import utils
-from tutorial import aanets, bal_ft, icarl, itaml, itaml_inference, lucir, patience, podnet
+from tutorial.methods import aanets, bal_ft, icarl, itaml, itaml_inference, lucir, patience, podnet
 
 METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=2", "--batch_size=16"],
            "podnet": ["--num_epochs_ft=2", "--batch_size=16"],
@@ -559,7 +559,7 @@ def test_a_class_with_one_image_keeps_it():
 
 
 def test_bal_joint_learns_from_all_images_so_far(launch, tmp_path):
-    started = launch(function=run_file, arguments=(ROOT, "tutorial.bal_ft", [
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.methods.bal_ft", [
         *SHORT, "--upper_bound=joint", "--num_epochs_ft=1", "--memory_size=0", "--batch_size=7",
         "--num_epochs=1", "--increment=6", "--output_dir=out"]))
     assert started.wait() == [0], started.stderr()
@@ -812,7 +812,7 @@ def test_itaml_on_two_processes_is_itaml_on_one(meta, launch, tmp_path):
     flags = [*SHORT, "--backbone=mlp400", "--batch_size=16", "--optimizer=sgd", f"--meta={meta}"]
     models = []
     for processes in (1, 2):
-        started = launch(function=run_file, processes=processes, arguments=(ROOT, "tutorial.itaml", [
+        started = launch(function=run_file, processes=processes, arguments=(ROOT, "tutorial.methods.itaml", [
             *flags, f"--output_dir=run{processes}"]))
         assert started.wait() == [0] * processes, started.stderr()
         models.append(torch.load(tmp_path / f"run{processes}/model.pt", weights_only=True)["state_dict"])
@@ -828,7 +828,7 @@ def test_itaml_on_two_processes_is_itaml_on_one(meta, launch, tmp_path):
 def test_itaml_at_its_edges(flags, launch, tmp_path):
     """No exemplars, a task of one class, mixed precision, on two processes; stopped and resumed."""
     for stop in (["--stop_after_task=1"], ["--resume"]):
-        started = launch(function=run_file, processes=2, arguments=(ROOT, "tutorial.itaml", [
+        started = launch(function=run_file, processes=2, arguments=(ROOT, "tutorial.methods.itaml", [
             *SHORT, *flags, "--batch_size=16", "--num_epochs=1", "--output_dir=out", *stop]))
         assert started.wait() == [0, 0], started.stderr()
     results = json.loads((tmp_path / "out/results.json").read_text())
@@ -855,7 +855,7 @@ def test_itaml_networks():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_runs_on_two_processes(name, launch, tmp_path):
-    started = launch(function=run_file, processes=2, arguments=(ROOT, f"tutorial.{name}", [
+    started = launch(function=run_file, processes=2, arguments=(ROOT, f"tutorial.methods.{name}", [
         *SHORT, *METHODS[name], "--output_dir=out"]))
     assert started.wait() == [0, 0], started.stderr()
     results = json.loads((tmp_path / "out/results.json").read_text())
@@ -919,7 +919,7 @@ def test_alphas_gradient_is_the_mean_over_the_ranks(launch, tmp_path):
 
 @pytest.mark.parametrize("baseline", ["icarl", "podnet"])
 def test_aanets_over_the_other_baselines(baseline, launch, tmp_path):
-    started = launch(function=run_file, arguments=(ROOT, "tutorial.aanets", [
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.methods.aanets", [
         *SHORT, f"--baseline={baseline}", "--batch_size=16", "--output_dir=out"]))
     assert started.wait() == [0], started.stderr()
     assert json.loads((tmp_path / "out/results.json").read_text())["finished"]
@@ -932,9 +932,9 @@ def test_aanets_over_the_other_baselines(baseline, launch, tmp_path):
     ("itaml", 3), ("itaml", 4)])
 def test_each_method_can_be_killed_and_resumed(name, epoch, launch, tmp_path):
     flags = [*SHORT, *METHODS[name]]
-    whole = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [*flags, "--output_dir=whole"]))
+    whole = launch(function=run_file, arguments=(ROOT, f"tutorial.methods.{name}", [*flags, "--output_dir=whole"]))
     assert whole.wait() == [0], whole.stderr()
-    started = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [*flags, "--output_dir=run"]))
+    started = launch(function=run_file, arguments=(ROOT, f"tutorial.methods.{name}", [*flags, "--output_dir=run"]))
     log = tmp_path / "run/log.jsonl"
     while started.processes[0].is_alive():
         if log.exists() and log.read_text().count("\n") >= epoch:
@@ -942,7 +942,7 @@ def test_each_method_can_be_killed_and_resumed(name, epoch, launch, tmp_path):
     assert started.processes[0].is_alive()
     started.kill()
     again = launch(function=run_file, arguments=(
-        ROOT, f"tutorial.{name}", [*flags, "--output_dir=run", "--resume"]))
+        ROOT, f"tutorial.methods.{name}", [*flags, "--output_dir=run", "--resume"]))
     assert again.wait() == [0], again.stderr()
     assert read_results(tmp_path / "run") == read_results(tmp_path / "whole")
     assert same_model(tmp_path / "run", tmp_path / "whole")
@@ -998,7 +998,7 @@ def test_the_second_stage_moves_nothing_but_the_classifier(tmp_path):
     ("itaml", ["--backbone=mlp400", "--pretrained"], "no pretrained weights"),
     ("itaml", ["--beta=inf"], "--beta"), ("itaml", ["--compile"], "--compile")])
 def test_bad_input_of_the_methods_is_one_line(name, flags, message, launch):
-    started = launch(function=run_file, arguments=(ROOT, f"tutorial.{name}", [
+    started = launch(function=run_file, arguments=(ROOT, f"tutorial.methods.{name}", [
         "--no_plots", *flags, "--output_dir=out"]))
     assert started.wait() == [2]
     assert message in started.stderr() and started.stderr().count("\n") == 1, started.stderr()
@@ -1006,7 +1006,7 @@ def test_bad_input_of_the_methods_is_one_line(name, flags, message, launch):
 
 
 def test_the_second_stage_of_a_small_memory_takes_one_small_batch(launch, tmp_path):
-    started = launch(function=run_file, arguments=(ROOT, "tutorial.podnet", [
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.methods.podnet", [
         *SHORT, "--batch_size=64", "--num_epochs_ft=1", "--output_dir=out"]))
     assert started.wait() == [0], started.stderr()
     log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
@@ -1025,7 +1025,7 @@ LIMITS = {"icarl": 60, "lucir": 85, "podnet": 100, "aanets": 120, "bal_ft": 60, 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_methods_are_small_and_override_at_most_three_steps(name):
-    path = ROOT / f"tutorial/{name}.py"
+    path = ROOT / f"tutorial/methods/{name}.py"
     assert lines_of_code(path)[0] <= LIMITS[name]
     trainers = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
                 and any(getattr(base, "id", "") in ("CilTrainer", "Patience") for base in node.bases)]
@@ -1039,7 +1039,7 @@ def test_methods_are_small_and_override_at_most_three_steps(name):
 
 
 def test_icarl_without_exemplars_answers_with_its_network(launch, tmp_path):
-    started = launch(function=run_file, arguments=(ROOT, "tutorial.icarl", [
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.methods.icarl", [
         *SHORT, "--memory_size=0", "--output_dir=out"]))
     assert started.wait() == [0], started.stderr()
     assert "network_acc1s" not in json.loads((tmp_path / "out/results.json").read_text())

@@ -19,11 +19,11 @@ from conftest import ROOT, SHORT, run_file
 from PIL import Image
 
 import utils
-from tutorial import figures
+from tutorial.tools import figures
 
 TEXTS = figures.TEXTS
 CHAPTERS = sorted((ROOT / "tutorial").glob("[0-9]*.md"))
-SOURCES = [*ROOT.glob("*.py"), *(ROOT / "tutorial").glob("*.py")]
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "tutorial").rglob("*.py")]
 LAUNCHER = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
             "--max-restarts", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
 
@@ -138,7 +138,7 @@ def tables(text, path):
     """Every table and number that comes from a file is the one that figures.py writes."""
     try:
         if figures.fill(text) != text:
-            yield "python -m tutorial.figures would change it"
+            yield "python -m tutorial.tools.figures would change it"
     except (KeyError, ValueError, IndexError) as error:
         yield f"cannot be filled in: {error!r}"
     marks = re.findall(r"<!-- (?:table|value) .*? -->", text)
@@ -188,9 +188,9 @@ BROKEN = {
                "```bash\ntorchrun --gpus=2 template.py\n```\n",
                "```bash\npython -m tutorial.no_such_file\n```\n",
                "```bash\npyhton template.py\n```\n",
-               "```bash\npython -m tutorial.measure speed --lr 0.1\n```\n",
-               "```bash\npython -m tutorial.grow --model x --increment -3\n```\n",
-               "```bash\npython -m tutorial.figures --no_such_flag\n```\n",
+               "```bash\npython -m tutorial.tools.measure speed --lr 0.1\n```\n",
+               "```bash\npython -m tutorial.tools.grow --model x --increment -3\n```\n",
+               "```bash\npython -m tutorial.tools.figures --no_such_flag\n```\n",
                "```bash\nfor seed in 0 1; do python template.py --seeds $seed; done\n```\n"],
     flags: ["use `--no_such_flag` for that"],
     links: ["[x](no_such_file.md)", "[`CilModel.no_such_method`](../template.py)",
@@ -328,12 +328,12 @@ def test_a_copy_is_wrong_if_a_diff_does_not_fit():
 
 def test_feature_kd_runs_and_its_loss_is_its_formula(tmp_path, launch):
     started = launch(function=run_file, arguments=(
-        ROOT, "tutorial.feature_kd", [*SHORT, "--feature_weight=2", "--output_dir=out"]))
+        ROOT, "tutorial.methods.feature_kd", [*SHORT, "--feature_weight=2", "--output_dir=out"]))
     assert started.wait() == [0], started.stderr()
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["method"] == "FeatureKD" and results["args"]["feature_weight"] == 2
 
-    from tutorial.feature_kd import FeatureKD
+    from tutorial.methods.feature_kd import FeatureKD
     args = utils.get_parser().parse_args([])
     utils.setup(args)
     args.feature_weight = 2.0
@@ -366,7 +366,7 @@ def small_run(tmp_path, image_folder, finish):
 
 
 def test_a_trained_model_classifies_and_grows(small_run, launch, tmp_path):
-    from tutorial.use import classify, load
+    from tutorial.tools.use import classify, load
     whole, old = small_run
     model, transform, names = load(old / "model.pt")
     assert sorted(names) == ["blue", "green", "red"]
@@ -376,11 +376,11 @@ def test_a_trained_model_classifies_and_grows(small_run, launch, tmp_path):
     assert 100 * np.mean(hits) == pytest.approx(results["last_accuracy"])  # as in the run itself
 
     picture = next((whole / "test/red").iterdir())
-    said = launch(function=run_file, arguments=(ROOT, "tutorial.use", [str(old / "model.pt"), str(picture)]))
+    said = launch(function=run_file, arguments=(ROOT, "tutorial.tools.use", [str(old / "model.pt"), str(picture)]))
     assert said.wait() == [0] and re.fullmatch(r".*\.png: (red|green|blue) \(\d+ %\)\n", said.stdout())
 
     for step in ("--stop_after_task=1", "--resume"):  # ended before anything was trained
-        grown = launch(function=run_file, processes=2, arguments=(ROOT, "tutorial.grow", [
+        grown = launch(function=run_file, processes=2, arguments=(ROOT, "tutorial.tools.grow", [
             f"--model={old / 'model.pt'}", f"--data_path={whole}", "--increment=1", "--num_epochs=2",
             "--batch_size=8", "--memory_size=12", "--num_workers=0", "--no_plots",
             "--output_dir=new", step]))
@@ -402,9 +402,9 @@ def test_a_trained_model_classifies_and_grows(small_run, launch, tmp_path):
 
 
 @pytest.mark.parametrize("module, arguments, message", [
-    ("tutorial.use", ["no_such.pt", "x.png"], "no_such.pt is no model.pt"),
-    ("tutorial.grow", ["--model=no_such.pt", "--data_path=."], "--model no_such.pt"),
-    ("tutorial.grow", ["--data_path=."], "--model")])
+    ("tutorial.tools.use", ["no_such.pt", "x.png"], "no_such.pt is no model.pt"),
+    ("tutorial.tools.grow", ["--model=no_such.pt", "--data_path=."], "--model no_such.pt"),
+    ("tutorial.tools.grow", ["--data_path=."], "--model")])
 def test_bad_input_of_the_programs_is_one_line(launch, module, arguments, message):
     started = launch(function=run_file, arguments=(ROOT, module, arguments))
     assert started.wait() == [2]
@@ -418,8 +418,8 @@ def test_the_model_of_another_network_is_one_line(small_run, launch, tmp_path):
     for name in [name for name in saved["state_dict"] if name.startswith("fc.") and name.endswith("bias")]:
         del saved["state_dict"][name]
     torch.save(saved, tmp_path / "other.pt")
-    for arguments in (("tutorial.use", ["other.pt", str(next((whole / "test/red").iterdir()))]),
-                      ("tutorial.grow", ["--model=other.pt", f"--data_path={whole}", "--increment=1",
+    for arguments in (("tutorial.tools.use", ["other.pt", str(next((whole / "test/red").iterdir()))]),
+                      ("tutorial.tools.grow", ["--model=other.pt", f"--data_path={whole}", "--increment=1",
                                          "--batch_size=8", "--memory_size=12", "--num_workers=0"])):
         started = launch(function=run_file, arguments=(ROOT, *arguments))
         assert started.wait() == [2] and "other.pt holds no CilModel" in started.stderr()
@@ -431,7 +431,7 @@ def test_growing_needs_all_old_classes(small_run, launch, tmp_path):
     whole, old = small_run
 
     def said(*flags):
-        started = launch(function=run_file, arguments=(ROOT, "tutorial.grow", [
+        started = launch(function=run_file, arguments=(ROOT, "tutorial.tools.grow", [
             f"--model={old / 'model.pt'}", "--increment=1", *flags]))
         assert started.wait() == [2] and started.stderr().count("\n") == 1
         return started.stderr()
@@ -444,7 +444,7 @@ def test_growing_needs_all_old_classes(small_run, launch, tmp_path):
 
 def test_measurements_of_a_run(small_run, tmp_path, monkeypatch):
     from types import SimpleNamespace
-    from tutorial import measure
+    from tutorial.tools import measure
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     mine = SimpleNamespace(run=small_run[1], data_path=None)
     measure.norms(mine)
@@ -468,7 +468,7 @@ def test_measurements_of_a_run(small_run, tmp_path, monkeypatch):
 
 
 def test_the_variants_of_measure_do_what_they_say(tmp_path, launch):
-    from tutorial.measure import TSquaredWA
+    from tutorial.tools.measure import TSquaredWA
     started = launch(function=run_clipped, arguments=([*SHORT, "--output_dir=out"],))
     assert started.wait() == [0], started.stderr()
     weights = torch.load(tmp_path / "out/model.pt", weights_only=True)["state_dict"]
@@ -495,6 +495,6 @@ def test_the_variants_of_measure_do_what_they_say(tmp_path, launch):
 
 
 def run_clipped(flags):
-    from tutorial.measure import ClippedWA
+    from tutorial.tools.measure import ClippedWA
     from template import main
     main(utils.get_parser().parse_args(flags), ClippedWA)

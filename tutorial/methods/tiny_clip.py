@@ -1,7 +1,7 @@
 """A small CLIP that is trained here, on even digits and their names, so that ALTA runs without a
 network. Chapter 20.
 
-    python -m tutorial.tiny_clip runs/tiny_clip.pt    # for --clip_weights: saves its seconds
+    python -m tutorial.methods.tiny_clip runs/tiny_clip.pt    # for --clip_weights: saves its seconds
 """
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import utils
-from tutorial import clip_towers
+from tutorial.methods import clip_towers
 
 CONFIG = dict(
     embed_dim=128, quick_gelu=True,
@@ -70,7 +70,7 @@ def load(args):
         try:
             clip.load_state_dict(torch.load(args.clip_weights, weights_only=True))
         except Exception as error:
-            utils.fail(f"--clip_weights {args.clip_weights}: not written by tutorial.tiny_clip "
+            utils.fail(f"--clip_weights {args.clip_weights}: not written by tutorial.methods.tiny_clip "
                        f"({type(error).__name__})")
     elif args.rank == 0:
         clip = train(args)

@@ -1,7 +1,7 @@
 """ALTA: "Cross-Modal Alternating Learning with Task-Aware Representations for Continual Learning"
 (IEEE Transactions on Multimedia, 2023), on a frozen CLIP. Chapter 20.
 
-    torchrun --nproc_per_node=2 -m tutorial.alta
+    torchrun --nproc_per_node=2 -m tutorial.methods.alta
 """
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 import utils
 from template import CilModel, CilTrainer, main
-from tutorial import clip_towers
+from tutorial.methods import clip_towers
 
 # The nine methods. A logit is s times a sum of cosines of (image side, text side):
 #   x: the image as CLIP sees it; A: the adapter's version of it; x + A: both added

@@ -1,7 +1,7 @@
 """LUCIR: "Learning a Unified Classifier Incrementally via Rebalancing" (Hou et al., CVPR 2019).
 Chapter 15.
 
-    torchrun --nproc_per_node=2 -m tutorial.lucir
+    torchrun --nproc_per_node=2 -m tutorial.methods.lucir
 """
 import math
 

@@ -1,12 +1,12 @@
 """The measurements behind the chapters that no plain run makes. Each writes one file of results/.
 
-    python -m tutorial.measure norms RUN       # chapter 8: prototypes before and after alignment
-    python -m tutorial.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
-    python -m tutorial.measure ranks RUN       # chapter 4: what each rank would choose alone
-    python -m tutorial.measure speed           # chapter 11: where the time goes (CPU, minutes)
-    python -m tutorial.measure t2              # chapter 7: ten runs with the factor T^2, minutes
-    python -m tutorial.measure clipping        # chapter 8: ten runs with clipped weights, minutes
-    python -m tutorial.measure alta            # chapter 20: tiny CLIP, speed of prompts, minutes
+    python -m tutorial.tools.measure norms RUN       # chapter 8: prototypes before and after alignment
+    python -m tutorial.tools.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
+    python -m tutorial.tools.measure ranks RUN       # chapter 4: what each rank would choose alone
+    python -m tutorial.tools.measure speed           # chapter 11: where the time goes (CPU, minutes)
+    python -m tutorial.tools.measure t2              # chapter 7: ten runs with the factor T^2, minutes
+    python -m tutorial.tools.measure clipping        # chapter 8: ten runs with clipped weights, minutes
+    python -m tutorial.tools.measure alta            # chapter 20: tiny CLIP, speed of prompts, minutes
 
 RUN is the output directory of a finished run of template.py; if its data lie elsewhere now, say
 so with --data_path. With --data_path a run that was recorded on another machine can be measured.
@@ -30,9 +30,9 @@ from sklearn.decomposition import PCA
 
 import utils
 from template import CilTrainer, knowledge_distillation, main as run_template
-from tutorial.use import load
+from tutorial.tools.use import load
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def write(name, content):
@@ -266,7 +266,7 @@ def alta(mine, rounds=3):
     """Zero-shot accuracy of the tiny CLIP of ten seeds; seconds for the prompts of a training step
     with a ViT-B/32 of random weights, and for a test image, in the naive way and in ours."""
     import open_clip
-    from tutorial import alta, clip_towers, tiny_clip
+    from tutorial.methods import alta, clip_towers, tiny_clip
     args = alta.get_parser().parse_args(["--device=cpu"])
     args.visual, args.lr = "tiny", 0.002
     utils.setup(args)

@@ -1,7 +1,7 @@
 """BAL_FT and BAL_JOINT: "On the importance of cross-task features for class-incremental learning"
 (Soutif-Cormerais et al., 2021, arXiv 2106.11930). Chapter 18.
 
-    torchrun --nproc_per_node=2 -m tutorial.bal_ft --loss own
+    torchrun --nproc_per_node=2 -m tutorial.methods.bal_ft --loss own
 """
 import math
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import utils
 from template import main
-from tutorial.lucir import balanced_finetune
-from tutorial.patience import Patience, add_arguments
+from tutorial.methods.lucir import balanced_finetune
+from tutorial.methods.patience import Patience, add_arguments
 
 
 class BalFT(Patience):

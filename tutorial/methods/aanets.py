@@ -1,7 +1,7 @@
 """AANets: "Adaptive Aggregation Networks for Class-Incremental Learning" (Liu et al., CVPR 2021,
 arXiv 2010.05063), over iCaRL, LUCIR or PODNet. Chapter 17.
 
-    torchrun --nproc_per_node=2 -m tutorial.aanets --baseline lucir
+    torchrun --nproc_per_node=2 -m tutorial.methods.aanets --baseline lucir
 """
 import copy
 
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import utils
 from template import CilTrainer, main
-from tutorial import icarl, lucir, podnet
+from tutorial.methods import icarl, lucir, podnet
 
 
 class Scaling(nn.Module):

@@ -1,6 +1,6 @@
 """An idea of one's own as a subclass (chapter 12): WA that distils features instead of logits.
 
-    torchrun --nproc_per_node=2 -m tutorial.feature_kd --feature_weight 1
+    torchrun --nproc_per_node=2 -m tutorial.methods.feature_kd --feature_weight 1
 """
 import torch.nn.functional as F
 

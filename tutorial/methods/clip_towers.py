@@ -106,7 +106,7 @@ def load(args):
     where there is neither network nor file, or where the file is another model's."""
     open_clip = import_open_clip()
     if args.visual == "tiny":
-        from tutorial import tiny_clip
+        from tutorial.methods import tiny_clip
         return tiny_clip.load(args)
     name = f"{args.visual.replace('/', '-')}-quickgelu"  # without it: other activations, silently
     make = functools.partial(open_clip.create_model, name, precision="fp32")

@@ -1,10 +1,10 @@
 """Classify images with a trained model (chapter 13).
 
-    python -m tutorial.use runs/NAME/model.pt IMAGE [IMAGE ...]
+    python -m tutorial.tools.use runs/NAME/model.pt IMAGE [IMAGE ...]
 
 Or in a program:
 
-    from tutorial.use import classify, load
+    from tutorial.tools.use import classify, load
     model, transform, names = load("runs/NAME/model.pt")
     name, probability = classify(model, transform, names, utils.open_image("fox.png"))
 

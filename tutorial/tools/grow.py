@@ -1,6 +1,6 @@
 """New classes for a model that was trained long ago (chapter 13).
 
-    torchrun --nproc_per_node=2 -m tutorial.grow --model runs/OLD/model.pt --data_path DIR \
+    torchrun --nproc_per_node=2 -m tutorial.tools.grow --model runs/OLD/model.pt --data_path DIR \
         --increment 5 --memory_size 200 --batch_size 32
 
 DIR/train and DIR/test (or val) hold a folder for each class, old and new. Of an old class train/
@@ -13,7 +13,7 @@ import torch
 
 import utils
 from template import CilTrainer, main
-from tutorial.use import load
+from tutorial.tools.use import load
 
 
 class GrownWA(CilTrainer):

@@ -1,7 +1,7 @@
 """iTAML: "iTAML: An Incremental Task-Agnostic Meta-learning Approach" (Rajasegaran et al., CVPR
 2020, arXiv 2003.11652). Chapter 19.
 
-    torchrun --nproc_per_node=2 -m tutorial.itaml
+    torchrun --nproc_per_node=2 -m tutorial.methods.itaml
 """
 import contextlib
 import math
@@ -12,8 +12,8 @@ from torch import nn
 
 import utils
 from template import CilTrainer, main
-from tutorial import itaml_networks  # noqa: F401  (makes its networks known to timm)
-from tutorial.itaml_inference import report, task_losses
+from tutorial.methods import itaml_networks  # noqa: F401  (makes its networks known to timm)
+from tutorial.methods.itaml_inference import report, task_losses
 
 
 def outer_rate(task, nb_tasks, beta):

@@ -1,8 +1,8 @@
 """Draws tutorial/img/ and fills in every table of the texts, from tutorial/results/*.json alone.
 
-    python -m tutorial.figures                            # all pictures but two, all tables
-    python -m tutorial.figures --data_path DIR            # and the two that show CIFAR-100 images
-    python -m tutorial.figures --seeds runs/mine_seed*    # mean ± std of runs of your own
+    python -m tutorial.tools.figures                            # all pictures but two, all tables
+    python -m tutorial.tools.figures --data_path DIR            # and the two that show CIFAR-100 images
+    python -m tutorial.tools.figures --seeds runs/mine_seed*    # mean ± std of runs of your own
 
 A table stands between <!-- table NAME --> and <!-- end -->, a single number between
 <!-- value FILES KEY --> and <!-- end -->. The tests fill all of them in again and compare, so no
@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "tutorial/img"
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "tutorial").rglob("*.md"))]
 matplotlib.rcParams.update({
@@ -166,10 +166,10 @@ def published():
 
 
 # The program of each method that has one; further runs change the template.
-PROGRAMS = {"WA": "template.py", "ICaRL": "-m tutorial.icarl", "LUCIR": "-m tutorial.lucir",
-            "PODNet": "-m tutorial.podnet", "LUCIR+AANets": "-m tutorial.aanets", "BalFT": "-m tutorial.bal_ft",
-            "BalJoint": "-m tutorial.bal_ft", "ITAML": "-m tutorial.itaml", "ALTA": "-m tutorial.alta",
-            "FeatureKD": "-m tutorial.feature_kd"}
+PROGRAMS = {"WA": "template.py", "ICaRL": "-m tutorial.methods.icarl", "LUCIR": "-m tutorial.methods.lucir",
+            "PODNet": "-m tutorial.methods.podnet", "LUCIR+AANets": "-m tutorial.methods.aanets", "BalFT": "-m tutorial.methods.bal_ft",
+            "BalJoint": "-m tutorial.methods.bal_ft", "ITAML": "-m tutorial.methods.itaml", "ALTA": "-m tutorial.methods.alta",
+            "FeatureKD": "-m tutorial.methods.feature_kd"}
 OF_THE_MACHINE = ("data_path", "num_workers", "output_dir", "plots", "device", "clip", "clip_weights")
 
 
@@ -209,10 +209,10 @@ def runs():
 def methods():
     """Every method on the digits; iCaRL has two answers."""
     rows = [summary((label, f"`{command}`"), load(f"digits_{name}_seed*")) for label, command, name in (
-        ("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.icarl", "icarl"),
-        ("LUCIR", "-m tutorial.lucir", "lucir"), ("PODNet", "-m tutorial.podnet", "podnet"),
-        ("LUCIR + AANets", "-m tutorial.aanets", "aanets_lucir"),
-        ("BAL_FT", "-m tutorial.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.itaml", "itaml_paper"))]
+        ("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.methods.icarl", "icarl"),
+        ("LUCIR", "-m tutorial.methods.lucir", "lucir"), ("PODNet", "-m tutorial.methods.podnet", "podnet"),
+        ("LUCIR + AANets", "-m tutorial.methods.aanets", "aanets_lucir"),
+        ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"))]
     found = [run["network_acc1s"] for run in load("digits_icarl_seed*")]
     rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
                     mean_std([accuracies[-1] for accuracies in found]), ""])

@@ -1,7 +1,7 @@
 """PODNet: "PODNet: Pooled Outputs Distillation for Small-Tasks Incremental Learning" (Douillard et
 al., ECCV 2020, arXiv 2004.13513). Chapter 16.
 
-    torchrun --nproc_per_node=2 -m tutorial.podnet
+    torchrun --nproc_per_node=2 -m tutorial.methods.podnet
 """
 import math
 
@@ -13,7 +13,7 @@ from torch import nn
 
 import utils
 from template import CilClassifier, CilModel, CilTrainer, main
-from tutorial.lucir import balanced_finetune, freeze_old_rows
+from tutorial.methods.lucir import balanced_finetune, freeze_old_rows
 
 PROXIES = 10  # of each class
 

@@ -1,7 +1,7 @@
 """iCaRL: "Incremental Classifier and Representation Learning" (Rebuffi et al., CVPR 2017, arXiv
 1611.07725). Chapter 14.
 
-    torchrun --nproc_per_node=2 -m tutorial.icarl
+    torchrun --nproc_per_node=2 -m tutorial.methods.icarl
 """
 import torch
 import torch.nn.functional as F
