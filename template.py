@@ -8,22 +8,21 @@ Class Incremental Learning" (Zhao et al., CVPR 2020, arXiv 1911.07053).
 # The idea. Classes arrive in tasks. After each task the model is tested on all classes so far,
 # but of the old classes only a few images, the exemplars, may be kept. A network that is just
 # trained further forgets the old classes at once. WA does three things against that:
-#   1. it replays exemplars, chosen by herding             (update_memory, and join in main)
-#   2. it distils the old model's answers into the new one (compute_loss)
-#   3. it aligns the classifier's weights after training   (finish_task)
+#   1. it replays exemplars, chosen by herding              (herding, update_memory)
+#   2. it distils the old model's answers into the new one  (compute_loss)
+#   3. it aligns the classifier's weights after training    (finish_task)
 # Read `main` at the bottom first: it is the whole run. The steps that it calls are methods of
 # CilTrainer, in the order of their use; CilModel above it is the network that grows.
 # To try an idea of your own, copy this file and edit it, or subclass CilTrainer, override one of
 # its steps and call main(args, MyTrainer). Flags, data, processes and files are in utils.py.
-import copy
-
-import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import nn, optim
 
 import utils
 
+
+# ---- the network that grows -----------------------------------------------------------------
 
 class CilClassifier(nn.Module):
     """One linear head per task: features (batch, embed_dim) -> logits (batch, classes so far)."""
@@ -37,8 +36,13 @@ class CilClassifier(nn.Module):
 
     def expand(self, nb_classes):
         """Add a head for nb_classes new classes; the old logits stay as they are."""
-        # Every rank draws the same numbers here: the generators are seeded by (seed, task).
         self.heads.append(nn.Linear(self.embed_dim, nb_classes))
+        # Prototypes of length about 1 and no bias. torch's default is 0.58 and random biases: the
+        # new rows would still be shorter than the old ones after a short training, and alignment,
+        # which is to shorten them, would lengthen them (chapter 8). All ranks draw the same numbers
+        # here, since their generators have the same seed.
+        nn.init.kaiming_uniform_(self.heads[-1].weight, nonlinearity="linear")
+        nn.init.zeros_(self.heads[-1].bias)
 
     def forward(self, features):
         # Heads in the order of the tasks: column c belongs to the class with label c.
@@ -46,40 +50,44 @@ class CilClassifier(nn.Module):
 
 
 class CilModel(nn.Module):
-    """A backbone phi (a timm name, or a module with `num_features`) and a `CilClassifier`."""
+    """A backbone phi, which is any module with `num_features`, and a `CilClassifier`."""
 
     def __init__(self, backbone):
         super().__init__()
-        named = isinstance(backbone, str)  # the trainer passes a module, made from --backbone
-        self.backbone = timm.create_model(backbone, num_classes=0) if named else backbone
-        self.fc = CilClassifier(self.backbone.num_features)
+        self.backbone, self.fc = backbone, CilClassifier(backbone.num_features)
 
     def forward(self, images):
         features = self.backbone(images)  # (batch, embed_dim)
         return self.fc(features), features  # logits: (batch, known + new), old and new classes
 
-    def expand(self, nb_classes):
-        self.fc.expand(nb_classes)
-
-    def freeze(self):
-        """Stop all learning, that of BatchNorm's running averages included; return the model."""
-        return self.requires_grad_(False).eval()
-
-    def copy(self):
-        return copy.deepcopy(self)
-
-    @torch.no_grad()
     def align_weights(self, nb_new):
         """Scale the newest prototypes by gamma = mean |w_old| / mean |w_new|, and return gamma."""
         # New classes had many more images, so their prototypes grew longer, and with them their
         # logits: old images are taken for new classes. One common factor takes that advantage
         # away and leaves the new classes as they are among themselves.
-        norms = torch.cat([head.weight for head in self.fc.heads]).norm(dim=1)  # (known + new,)
-        gamma = norms[:-nb_new].mean() / norms[-nb_new:].mean()
+        norms = torch.cat([head.weight.data for head in self.fc.heads]).norm(dim=1)  # (classes,)
+        gamma = float(norms[:-nb_new].mean() / norms[-nb_new:].mean())
         # Biases stay as they are: the argument is about |w|. The paper also clips w at 0 after
         # every step; on digits that did great harm (chapter 8).
-        self.fc.heads[-1].weight *= gamma
-        return float(gamma)
+        self.fc.heads[-1].weight.data *= gamma
+        return gamma
+
+
+# ---- the three ingredients ------------------------------------------------------------------
+
+def herding(features, m):
+    """iCaRL's choice of exemplars (Rebuffi et al., CVPR 2017, Algorithm 4).
+
+    features: (n, embed_dim), of one class. Returns min(m, n) row numbers, the most important
+    first, so that a smaller memory is the beginning of a larger one."""
+    # Greedy: the next exemplar brings the mean of the chosen ones closest to the class mean.
+    features, chosen = F.normalize(features.double(), dim=1), []
+    for k in range(1, min(m, len(features)) + 1):
+        # (n,), k times the distance between the two means, if the image were chosen
+        distance = (k * features.mean(0) - features[chosen].sum(0) - features).norm(dim=1)
+        distance[chosen] = torch.inf
+        chosen.append(int(distance.argmin()))
+    return chosen
 
 
 def knowledge_distillation(logits, teacher_logits, temperature):
@@ -90,8 +98,10 @@ def knowledge_distillation(logits, teacher_logits, temperature):
                     F.softmax(teacher_logits / temperature, dim=1), reduction="batchmean")
 
 
+# ---- the steps of a task --------------------------------------------------------------------
+
 class CilTrainer:
-    """WA. Every method below is one step that another idea may override."""
+    """WA. Every method below, but `fit`, is one step that another idea may override."""
 
     model_class = CilModel
 
@@ -100,14 +110,14 @@ class CilTrainer:
         self.model = self.model_class(utils.create_backbone(args))
         # teacher: the frozen model of the task before. exemplars: an ImageSet for each known class,
         # the most important image first (--memory_size 0: none). known_classes: their number,
-        # without this task's.
-        # `main` adds: run (files and checkpoints), task (its number), nb_new (its classes).
-        self.teacher, self.exemplars, self.known_classes = None, [], 0
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+        # without this task's. resting: modules that do not learn now (utils.frozen).
+        # `main` adds: run (files and checkpoints), task (its number), nb_new (its classes), stage
+        # (how often it has called fit).
+        self.teacher, self.exemplars, self.known_classes, self.resting = None, [], 0, []
 
     def expand_model(self, nb_new, new_data):
         """Make room for nb_new classes. new_data: their images, for a clever start (unused)."""
-        self.model.expand(nb_new)
+        self.model.fc.expand(nb_new)
         self.model.to(self.args.device)  # the new head was made on the CPU
 
     def train_task(self, train_set):
@@ -116,36 +126,44 @@ class CilTrainer:
         self.fit(train_set, self.model.parameters(), self.args.num_epochs, self.args.lr)
 
     def fit(self, train_set, parameters, num_epochs, lr):
-        """SGD with a cosine schedule on these parameters; a task may call fit more than once."""
-        # --batch_size counts the images of all ranks together, so the learning rate fits for
-        # every number of ranks. A new task starts with a fresh optimizer and its full rate.
-        loader = utils.train_loader(train_set, self.args)
-        optimizer = torch.optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
+        """Train these parameters on this set. A task may call fit more than once."""
+        loader = self.make_loader(train_set)
+        optimizer, scheduler = self.make_optimizer(parameters, num_epochs, lr)
         # Every rank holds the whole model. DDP averages the gradients during backward, so all
         # ranks take the same step. `self.model` is the same network without that wrapper.
         self.parallel_model = utils.distribute(self.model, self.args)
-        # All that is random in an epoch follows from (seed, task, stage, epoch, rank), where stage
-        # counts the fits of a task. So a killed run goes on here, after its last checkpoint, as
-        # if nothing had happened.
-        for self.epoch in self.run.epochs(self, loader, optimizer, scheduler, num_epochs):
+        # A resumed run goes on after its last checkpoint, as if nothing had happened: all that is
+        # random in an epoch follows from (seed, task, stage, epoch) and, in the model, the rank.
+        self.epoch = self.run.restore_fit(self, optimizer, scheduler, num_epochs)
+        while self.epoch < num_epochs and scheduler.get_last_lr()[0] > 0:
+            loader.sampler.seed = utils.seed_epoch(self)
             averages = self.train_epoch(loader, optimizer)
             scheduler.step()
-            # Makes BatchNorm's running averages equal on all ranks; rank 0 saves a checkpoint.
+            self.epoch += 1
+            # Makes BatchNorm's running averages equal on all ranks; rank 0 logs, and may save.
             self.run.end_epoch(self, averages, optimizer, scheduler)
+        self.stage += 1
+
+    def make_loader(self, train_set):
+        """Shuffled and augmented batches, of which each rank gets its share."""
+        # --batch_size counts the images of all ranks together, so the learning rate fits for
+        # every number of ranks.
+        return utils.train_loader(train_set, self.args)
+
+    def make_optimizer(self, parameters, num_epochs, lr):
+        """SGD, fresh for each fit, and a schedule: the rate falls from lr to 0 along a cosine."""
+        # (The 0 is dampening, which is not used.)
+        sgd = optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay, fused=True)
+        return sgd, optim.lr_scheduler.CosineAnnealingLR(sgd, num_epochs)
 
     def train_epoch(self, loader, optimizer):
         """One pass over the data: each step, every rank takes its share of the global batch."""
-        self.model.train()
-        meter = utils.Meter(loader, self.args, f"task {self.task + 1} epoch {self.epoch + 1}")
-        for images, targets in meter:  # (batch / ranks, 3, H, W), (batch / ranks,)
+        utils.train_mode(self.model, self.resting)
+        meter = utils.Meter(self, len(loader))
+        for images, targets in utils.to_device(loader, self.args):  # (batch / ranks, 3, H, W)
             with utils.autocast(self.args):
                 loss, logits = self.compute_loss(images, targets)
-            optimizer.zero_grad()
-            # The scaler acts under --amp fp16 only, where small gradients would round to 0.
-            self.scaler.scale(loss).backward()
-            self.scaler.step(optimizer)
-            self.scaler.update()
+            utils.step(loss, optimizer, self.run.scaler)  # zero_grad, backward, step
             meter.update(loss, logits, targets)  # sums on the device: no step waits for them
         return meter.averages()
 
@@ -176,7 +194,7 @@ class CilTrainer:
         # so all ranks keep the same exemplars. From augmented images each rank would choose its
         # own, and together they would silently replay several times --memory_size.
         if len(self.exemplars) == self.known_classes:  # else chosen already, or no memory
-            self.exemplars += utils.select_exemplars(self.model, new_data, m, self.args)
+            self.exemplars += utils.select_exemplars(self, new_data, m, herding)
 
     def finish_task(self):
         """Weight alignment: give the new prototypes the mean norm of the old ones."""
@@ -189,20 +207,25 @@ class CilTrainer:
         return self.model(images)[0]
 
 
+# ---- the run --------------------------------------------------------------------------------
+
 def main(args, Trainer=CilTrainer):
     """Learn the tasks one after the other; every rank runs this loop, in step with the others."""
-    utils.setup(args)
-    # From the package continuum: train_scenario[t] holds the images of task t, and a label is the
-    # position of its class in the order of learning.
+    args = utils.setup(args)
+    # From the package continuum: which images belong to which task. A label is the position of
+    # its class in the order of learning.
     train_scenario, test_scenario = utils.build_scenarios(args)
     trainer = Trainer(args)
-    run = trainer.run = utils.Run(trainer, train_scenario, test_scenario)
-    for trainer.task, trainer.nb_new in run.tasks(trainer):
-        new_data = utils.ImageSet(train_scenario[trainer.task], args)
-        trainer.expand_model(trainer.nb_new, new_data)
-        # A resumed run goes through its finished tasks without training, to give the model its
-        # shape; the weights of the checkpoint are loaded at the task that was under way.
-        if run.reached(trainer):
+    trainer.run = run = utils.Run(trainer, train_scenario, test_scenario)
+    for task, nb_new in enumerate(run.increments[:args.stop_after_task]):  # (None: all)
+        utils.set_seed(args, task)  # all that is random before the first epoch
+        trainer.task, trainer.nb_new, trainer.stage = task, nb_new, 0
+        new_data = train_scenario.images(task)
+        trainer.expand_model(nb_new, new_data)
+        # A resumed run passes its finished tasks without training: so the model gets its shape.
+        if task >= run.first_task:  # 0 in a new run
+            # Weights, teacher and exemplars, if there is a checkpoint of this task.
+            run.restore(trainer)
             # (Resumed in a second stage, the list holds the new classes' exemplars already.)
             trainer.train_task(new_data.join(trainer.exemplars[:trainer.known_classes]))
             # Memory first, so that a method can use this task's exemplars in finish_task.
@@ -211,8 +234,8 @@ def main(args, Trainer=CilTrainer):
             # On the test images of all tasks so far.
             run.end_task(trainer, utils.evaluate(trainer))
         # From now on these classes are old: the next model is to imitate this, aligned, one.
-        trainer.teacher = trainer.model.copy().freeze()
-        trainer.known_classes += trainer.nb_new
+        trainer.teacher = utils.frozen_copy(trainer.model, args)
+        trainer.known_classes += nb_new
     run.finish(trainer)
 
 

@@ -1,12 +1,13 @@
 """Everything around template.py, in the order in which a run uses it:
 
-1. command line and presets     2. processes, devices, seeds     3. data and transforms
-4. training helpers             5. evaluation                    6. what a run leaves on disk
+1. command line and presets     2. processes, devices, seeds     3. data     4. batches
+5. the model in training        6. evaluation                    7. what a run leaves on disk
 
 No method is implemented here: the model, the loss and the loop are in template.py.
 """
 import argparse
 import contextlib
+import copy
 import inspect
 import io
 import json
@@ -18,6 +19,7 @@ import re
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import filelock
@@ -28,12 +30,13 @@ import timm.layers
 import timm.utils
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from continuum import ClassIncremental, datasets as continuum_datasets
 from continuum.tasks import TaskType
 from PIL import Image
 from timm.utils.distributed import world_info_from_env
 from torch.distributed.rendezvous import rendezvous
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
@@ -76,23 +79,32 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), True),
 }
 IMAGENET_STATISTICS = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD, True)
+# The data sets that torchvision can download, by their names in continuum.
+PACKAGES = dict(cifar100="CIFAR100", cifar10="CIFAR10", mnist="MNIST", svhn="SVHN",
+                fashion_mnist="FashionMNIST")
 
 
 class InputError(Exception):
     """The user gave something unusable; the text says what is wrong and what to do."""
 
 
-def fail(message, any_rank=False):
-    """End this process with one line on stderr and exit code 2; torchrun adds its own report.
+def fail(message, everywhere=True):
+    """End with one line on stderr and exit code 2; torchrun adds its own report.
 
-    Rank 0 speaks for all, because bad input is mostly bad on every rank; `any_rank` is for what
-    one rank alone has seen. The others wait for torchrun to end them: if one left first, torchrun
-    would end rank 0 in the middle of its line. If nobody ends them, they speak up themselves.
+    Bad input is bad on every rank, and rank 0 speaks for all. everywhere=False: only this rank has
+    seen it. The others notice that it left, and are silent (`report_unless_left`).
     """
-    if world_info_from_env()[1] and not any_rank:
+    joined = dist.is_available() and dist.is_initialized()
+    speaks = world_info_from_env()[1] == 0 or not everywhere
+    if not speaks and not joined:  # rank 0 says it and leaves, then torchrun ends us
         time.sleep(60)
-    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.stderr.flush()
+        speaks = True  # nobody did
+    if speaks:
+        tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.stderr.flush()
+    if joined and everywhere:
+        dist.barrier()  # if one left first, torchrun would end rank 0 in the middle of its line
+        dist.destroy_process_group()
     sys.exit(2)
 
 
@@ -159,13 +171,15 @@ def get_parser():
     add("--seed", type=number(0, 2 ** 32 - 1, int), default=0)
     add = parser.add_argument_group("machine and run").add_argument
     add("--amp", default="none", choices=["none", "bf16", "fp16"], help="mixed precision (none)")
-    add("--compile", action="store_true", help="use torch.compile")
+    add("--compile", action="store_true", help="compile the backbone with torch.compile")
+    add("--sync_bn", action=argparse.BooleanOptionalAction, default=True, help="on several GPUs: "
+        "BatchNorm over the global batch (default), or over each GPU's part, which is faster")
     add("--device", choices=["cuda", "cpu"], help="(cuda if there is one, else cpu)")
     add("--num_workers", type=count, help="loading processes per training process")
     add("--eval_every_epoch", type=count, default=0, help="log test accuracy every N epochs (0)")
     add("--output_dir", help="(runs/<method>_<data_set>_b<bases>_inc<increment>_seed<seed>_<time>)")
     add("--resume", action="store_true", help="continue the run in --output_dir, if there is one")
-    add("--stop_after_task", type=count, default=0, help="stop after N tasks; --resume goes on")
+    add("--stop_after_task", type=natural, help="stop after N tasks; --resume goes on")
     add("--plots", default=True, action="store_true", help="draw accuracy and confusion (default)")
     add("--no_plots", dest="plots", action="store_false")
     return parser
@@ -181,80 +195,101 @@ def available_cores():
 
 
 def fill_in(args):
-    """Give each flag that is not on the command line the value of its preset."""
+    """A copy of args, where each flag that is not on the command line has its preset's value."""
+    args = argparse.Namespace(**vars(args))
     # A method may bring presets: parser.set_defaults(presets={data set or "all": {flag: value}}).
     own = vars(args).pop("presets", {})
     own = {**own.get("all", {}), **own.get(args.data_set, {})}
     for name, value in {**COMMON, **PRESETS[args.data_set], **own}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    return args
 
 
 def setup(args):
-    """Fill in the preset, check every flag, and join the processes of the launch.
+    """Check every flag, join the processes of the launch, and seed all generators.
 
-    Adds `rank`, `local_rank`, `world_size`, `distributed` and the torch `device` to args (timm's
-    names): nccl and one GPU per process where there is CUDA, gloo on the CPU, and no process
-    group at all for a plain `python template.py`.
+    Returns a copy of args, filled in, and with what is known now: `rank`, `local_rank`,
+    `world_size`, `distributed` (timm's names), `device` as a torch device, and `config`, the flags
+    that a checkpoint and results.json remember. With CUDA a process has a GPU of its own.
     """
-    fill_in(args)
+    args = fill_in(args)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
-    if args.num_workers is None:  # tiny images cost less to load than to pass between processes
-        args.num_workers = min(8, available_cores() // here) if args.input_size > 16 else 0
-    args.config = dict(vars(args))  # what a checkpoint and results.json remember
-    world_size = world_info_from_env()[2]
-    if args.batch_size % world_size:
+    if args.num_workers is None:
+        args.num_workers = 0 if in_batches(args) else available_cores() // here
+    args.config = dict(vars(args))
+    args.local_rank, args.rank, args.world_size = world_info_from_env()
+    args.distributed = args.world_size > 1
+    if args.batch_size % args.world_size:
         fail(f"--batch_size {args.batch_size} counts the images of all processes together and "
-             f"must be a multiple of their number, {world_size}")
+             f"must be a multiple of their number, {args.world_size}")
     if not timm.is_model(args.backbone):
         near = timm.list_models(f"*{args.backbone.split('_')[0]}*")[:4]
         fail(f"unknown --backbone {args.backbone}: any name in timm.list_models() works"
              + ", such as " * bool(near) + ", ".join(near))
     try:
-        transform = build_transform(args, train=True)
+        try_transform(args)
     except Exception as error:
-        fail(f"--aa {args.aa} is no auto-augment string of timm ({type(error).__name__} {error}): "
-             "try rand-m9-mstd0.5-inc1-mmax9, or none")
-    if may_keep_no_bits(transform):
-        fail(f"--aa {args.aa} fails on some images: use rand-m9-mstd0.5-inc1-mmax9")
+        fail(f"--aa {args.aa} is no auto-augment string of timm, or fails on some images "
+             f"({type(error).__name__}: {error}): try rand-m9-mstd0.5-inc1-mmax9, or none")
     gpus = torch.cuda.device_count()
     if args.device == "cuda" and gpus < here:
         fail(f"--device cuda: {here} processes on this machine, but torch finds {gpus} GPUs")
     args.device = torch.device(args.device or ("cuda" if gpus >= here else "cpu"))
-    args.local_rank, args.rank, args.world_size = world_info_from_env()
-    args.distributed = args.world_size > 1
     if args.device.type == "cuda":
         args.device = torch.device("cuda", args.local_rank)
         torch.cuda.set_device(args.device)
+        torch.backends.cudnn.benchmark = True
+    if args.distributed:
+        join_processes(args)
+    if args.rank == 0 and 0 < gpus < here:
+        print(f"note: {here} processes on {gpus} GPU(s), so they run on the CPU", file=sys.stderr)
+    set_seed(args)  # the same first weights on every rank
+    return args
+
+
+def join_processes(args):
+    """Make the process group: nccl for tensors on GPUs, gloo for all else."""
+    cuda = args.device.type == "cuda"
     try:  # the prefix keeps a restart by torchrun from finding addresses of the dead processes
-        if args.distributed:
-            store, *_ = next(rendezvous("env://", args.rank, args.world_size))
-            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", store=store,
-                                    rank=args.rank, world_size=args.world_size)
+        store, *_ = next(rendezvous("env://", args.rank, args.world_size))
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=args.rank,
+            world_size=args.world_size, device_id=args.device if cuda else None)
     except (ValueError, RuntimeError) as error:
         fail(f"the processes could not join ({error}): start them with torchrun; inside a SLURM "
              "allocation, unset SLURM_NTASKS to run plain python")
-    if args.rank == 0 and 0 < gpus < here:
-        print(f"note: {here} processes on {gpus} GPU(s), so they run on the CPU", file=sys.stderr)
-    if args.distributed:  # who only lost its peers is ended by torchrun before it complains
-        sys.excepthook = lambda *error: (time.sleep(10), sys.__excepthook__(*error))
-    torch.backends.cudnn.benchmark = True
-    set_seed(args.seed)  # the same first weights on every rank
+    sys.excepthook = report_unless_left
 
 
-def set_seed(*numbers, rank=0):
-    """Seed python, numpy and torch from numbers such as (seed, task, stage, epoch), apart by
-    rank; return the number drawn from them. So no generator's state needs to be saved."""
-    drawn = int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0]) >> 1
+def report_unless_left(kind, error, trace):
+    """The last word of a process that ends by an exception. One that only lost another process in
+    the middle of a message has nothing to say: the other has said why."""
+    if not (issubclass(kind, RuntimeError) and re.search(r"\bpeer\b|[Bb]roken pipe", str(error))):
+        sys.__excepthook__(kind, error, trace)
+
+
+def set_seed(args, *numbers, rank=0):
+    """Seed python, numpy and torch from --seed and numbers such as (task, stage, epoch), and apart
+    by rank; return the number drawn from them. So no generator's state needs to be saved."""
+    sequence = np.random.SeedSequence([1 + len(numbers), args.seed, *numbers])
+    drawn = int(sequence.generate_state(1)[0]) >> 1
     timm.utils.random_seed(drawn, rank)
     return drawn
+
+
+def seed_epoch(trainer):
+    """Seed for the next epoch: dropout on each rank by itself. Returns a seed that is the same on
+    all ranks, for the order of the images and their augmentation."""
+    args = trainer.args
+    return set_seed(args, trainer.task, trainer.stage, trainer.epoch, rank=args.rank)
 
 
 def gather(shard, size, args):
     """The rows of all ranks in the order of the data: rank r holds rows r, r + N, r + 2N, ...
 
-    shard: (about size / N, d) on this rank. Returns (size, d) on every rank, the same bits.
+    shard: (about size / N, ...) on this rank. Returns (size, ...) on every rank, the same bits.
     """
     if not args.distributed:
         return shard
@@ -294,8 +329,15 @@ def rank_0_first(make, args):
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Data and transforms
+# 3. Data
 # ---------------------------------------------------------------------------------------------
+
+# Up to this side, in pixels, images are small: cropped by a shift, and held in memory.
+SMALL = 64
+# But not above this memory for train and test together: 170,000 images of 64 x 64, more than Tiny
+# ImageNet has, and a GPU of 8 GB has room for it beside the training.
+MEMORY_LIMIT = 2 * 2 ** 30
+
 
 def load_digits():
     """scikit-learn's digits: [(images (n, 8, 8, 3) uint8, labels), the same of a test quarter]."""
@@ -311,7 +353,7 @@ def load_digits():
 def load_folder(args):
     """DIR/train/<class>/* and DIR/{test,val}/<class>/*: [(paths, labels) of train, of test], names.
 
-    Only paths are kept: the images stay on disk. Class numbers follow the sorted folder names.
+    Class numbers follow the sorted folder names.
     """
     root, splits, classes = Path(args.data_path), [], []
     for names in (["train"], ["test", "val"]):
@@ -325,7 +367,8 @@ def load_folder(args):
             images = ImageFolder(str(folder))
         except OSError as error:  # no class at all, a class without an image, no permission
             fail(f"{folder}: {error}")
-        paths = np.array([path for path, _ in images.samples], dtype=object)
+        # numpy's strings: a million Python objects would be copied into every loading worker.
+        paths = np.array([path for path, _ in images.samples], dtype=np.dtypes.StringDType())
         splits.append((paths, np.array(images.targets)))
         classes.append(images.classes)
     if classes[0] != classes[1]:
@@ -336,29 +379,12 @@ def load_folder(args):
         splits = [(x[np.isin(y, keep)], np.searchsorted(keep, y[np.isin(y, keep)]))
                   for x, y in splits]
         classes[0] = [classes[0][i] for i in keep]
-    paths = np.concatenate([x for x, _ in splits])
-    if len(paths) <= 100_000:  # seconds; of more images, a broken one is named when its turn comes
-        broken = None
-        for path in paths[args.rank::args.world_size]:  # every rank looks at a share
-            try:
-                Image.open(path).close()
-            except Exception as error:
-                broken = f"{path}: no image ({type(error).__name__}); mend or remove it"
-        broken = first_problem(broken, args)
-        if broken:
-            fail(broken)
     return splits, classes[0]
 
 
-def load_data(args):
-    """[(x, y) of train, (x, y) of test], class names. x: images (n, H, W, 3), or n paths."""
-    if args.data_set == "digits":
-        return load_digits(), [str(i) for i in range(10)]
-    source = dict(cifar100="CIFAR100", cifar10="CIFAR10", mnist="MNIST", svhn="SVHN",
-                  fashion_mnist="FashionMNIST").get(args.data_set)
-    if source is None or (Path(args.data_path) / "train").is_dir():
-        return load_folder(args)
-    source = getattr(continuum_datasets, source)
+def load_package(args):
+    """The arrays of a data set of torchvision, downloaded by rank 0 if need be."""
+    source = getattr(continuum_datasets, PACKAGES[args.data_set])
     with contextlib.redirect_stdout(sys.stderr):
         found, problem = rank_0_first(lambda: [
             source(args.data_path, train=train, download=args.rank == 0)
@@ -372,30 +398,100 @@ def load_data(args):
     return splits, names or [str(i) for i in np.unique(splits[0][1])]
 
 
+def load_data(args):
+    """[(x, y) of train, (x, y) of test], class names. x: images (n, H, W, 3) uint8, or n paths."""
+    if args.data_set == "digits":
+        return load_digits(), [str(i) for i in range(10)]
+    if args.data_set in PACKAGES and not (Path(args.data_path) / "train").is_dir():
+        return load_package(args)
+    return load_folder(args)
+
+
+def open_image(source):
+    """A path or an (H, W, 3) uint8 array as an RGB image; 16-bit grey keeps its upper 8 bits."""
+    if not isinstance(source, str):
+        return Image.fromarray(source)
+    image = Image.open(source)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def hold(x, fits, args):
+    """Images as they are kept during a run. x: (n, H, W, 3) uint8, or n paths.
+
+    Those that fit are read once, scaled and cut to a square: (n, S, S, 3), a uint8 tensor, and, if
+    they are augmented there, on the GPU. Others stay as they are, but files must be images. (Of
+    more than 100,000 that would take minutes: there a broken one is named when its turn comes.)
+    """
+    size, bar = args.input_size, dict(desc="reading", leave=False, disable=silent(args))
+    if x.ndim == 1 and (fits or len(x) <= 100_000) or fits and x.shape[1:3] != (size, size):
+        square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+        mine, problem = x[args.rank::args.world_size], None  # each rank reads a share
+        pixels = torch.zeros(len(mine) * fits, size, size, 3, dtype=torch.uint8)
+        for i, source in enumerate(tqdm(mine, **bar)):
+            try:
+                if fits:
+                    pixels[i] = torch.from_numpy(np.array(square(open_image(source))))
+                else:
+                    Image.open(source).close()
+            except Exception as error:
+                problem = f"{source}: no image ({type(error).__name__}); mend or remove it"
+                break
+        problem = first_problem(problem, args)
+        if problem:
+            fail(problem)
+        x = gather(pixels, len(x), args) if fits else x
+    x = torch.from_numpy(x) if isinstance(x, np.ndarray) and x.ndim == 4 else x
+    return x.to(args.device) if in_batches(args) and fits else x
+
+
 def get_class_order(args, nb_classes):
     """The classes in the order in which they are learned: a list of class numbers."""
-    if args.class_order in ("default", "seed"):
-        seed = 1993 if args.class_order == "default" else args.seed
-        return np.random.RandomState(seed).permutation(nb_classes).tolist()
-    if args.class_order == "natural":
-        return list(range(nb_classes))
-    order = args.class_order  # a file, or from Python the list itself
-    try:
-        if not isinstance(order, list):
+    seeds = {"default": 1993, "seed": args.seed}
+    if args.class_order in seeds:
+        return np.random.RandomState(seeds[args.class_order]).permutation(nb_classes).tolist()
+    order = args.class_order  # natural, a file, or from Python the list itself
+    if order == "natural":
+        order = list(range(nb_classes))
+    elif isinstance(order, str):
+        try:
             order = [int(word) for word in re.findall(r"[^\s,\[\]]+", Path(order).read_text())]
-    except (OSError, ValueError) as error:
-        fail(f"--class_order {args.class_order}: default, seed, natural, or a file of numbers "
-             f"({error})")
+        except (OSError, ValueError):
+            order = []
     if sorted(order) != list(range(nb_classes)):
-        fail(f"--class_order {args.class_order}: must hold each of 0 to {nb_classes - 1} once")
+        fail(f"--class_order {args.class_order}: default, seed, natural, or a file that holds each "
+             f"of 0 to {nb_classes - 1} once")
     return order
 
 
-def build_scenarios(args):
-    """Two continuum `ClassIncremental` scenarios, train and test, with the same tasks.
+class Scenario(ClassIncremental):
+    """continuum's scenario, here over row numbers: `scenario.images(t)` are the images of task t.
 
-    Labels are positions in the class order: the first task has the labels 0 to num_bases - 1.
+    x, y: the whole data set, images or paths and labels; x is kept as `hold` says. The labels of
+    the images are positions in the class order: the first task has the labels 0 to num_bases - 1.
     """
+
+    def __init__(self, x, y, fits, increments, class_order, class_names, args):
+        rows = continuum_datasets.InMemoryDataset(np.arange(len(y)), y, data_type=TaskType.TENSOR)
+        super().__init__(rows, increment=increments, class_order=class_order)
+        self.class_names = [class_names[c] for c in class_order]
+        self.files = x if x.ndim == 1 else None
+        self.data = ImageSet(hold(x, fits, args), np.argsort(class_order)[y], args)
+
+    def images(self, tasks):
+        """The images of one task, or of a slice of tasks, as an ImageSet."""
+        rows, _, _ = self[tasks].get_raw_samples()
+        return self.data.select(rows)
+
+    def fingerprint(self):
+        """A number that changes with the files or the labels, by which a resumed run knows them."""
+        names = b"" if self.files is None else "\n".join(self.files).encode(errors="replace")
+        return zlib.crc32(self.data.y.tobytes() + names)
+
+
+def build_scenarios(args):
+    """Two `Scenario`s, train and test, with the same tasks."""
     splits, class_names = load_data(args)
     total, first = len(class_names), args.num_bases or args.increment
     if first > total or first < total < args.increment:
@@ -406,21 +502,31 @@ def build_scenarios(args):
              "classes")
     increments = [first] + [args.increment] * ((total - first) // args.increment)
     increments += [total - sum(increments)] * (sum(increments) < total)
-    order, scenarios = get_class_order(args, total), []
-    for x, y in splits:
-        kind = TaskType.IMAGE_PATH if x.ndim == 1 else TaskType.IMAGE_ARRAY
-        data = continuum_datasets.InMemoryDataset(x, y, data_type=kind)
-        scenarios.append(ClassIncremental(data, increment=increments, class_order=order))
-        scenarios[-1].class_names = [class_names[i] for i in order]
-    smallest = min(len(taskset) for taskset in scenarios[0])
+    order = get_class_order(args, total)
+    (_, train_y), (_, test_y) = splits
+    counts = np.split(np.bincount(train_y)[order], np.cumsum(increments)[:-1])
+    smallest = min(map(sum, counts))
     if smallest < args.batch_size:
         fail(f"--batch_size {args.batch_size}: the smallest task has {smallest} images only")
-    return scenarios
+    fits = args.input_size <= SMALL and (
+        3 * args.input_size ** 2 * (len(train_y) + len(test_y)) <= MEMORY_LIMIT)
+    return [Scenario(x, y, fits, increments, order, class_names, args) for x, y in splits]
 
 
 def get_statistics(args):
     """Mean and standard deviation of the colours, and whether a mirror image keeps its class."""
     return STATISTICS.get(args.data_set, IMAGENET_STATISTICS)
+
+
+def crops(args):
+    """shift: the whole image, moved by up to 1/8 of its side; zoom: any part of it, enlarged."""
+    return args.crop or ("shift" if args.input_size <= SMALL else "zoom")
+
+
+def in_batches(args):
+    """Whether training images are only shifted and mirrored: then whole batches are, as tensors."""
+    return (args.input_size <= SMALL and crops(args) == "shift"
+            and args.aa == "none" and args.color_jitter == args.reprob == 0)
 
 
 def build_transform(args, train):
@@ -436,10 +542,9 @@ def build_transform(args, train):
         color_jitter=args.color_jitter or None, auto_augment=None if args.aa == "none" else args.aa,
         interpolation="bicubic", re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
         crop_pct=args.crop_pct)
-    size, small = args.input_size, args.input_size <= 64
-    crop = args.crop or ("shift" if small else "zoom")
+    size, small = args.input_size, args.input_size <= SMALL
     # Resize does nothing to images that have the right size already.
-    if train and crop == "shift":
+    if train and crops(args) == "shift":
         transform.transforms[:1] = [transforms.Resize(size), transforms.RandomCrop(size, size // 8)]
     elif train and small:
         transform.transforms.insert(0, transforms.Pad(size // 8))
@@ -448,59 +553,43 @@ def build_transform(args, train):
     return transform
 
 
-def may_keep_no_bits(transform):
-    """Whether timm's auto-augment can posterize to 0 bits, which Pillow 13 refuses: at strength 10
-    where a larger one changes more (inc1, augmix), below 2.5 where it changes less."""
-    for step in transform.transforms:
-        for op in getattr(step, "ops", [op for pair in getattr(step, "policy", []) for op in pair]):
-            spread = 6 * op.magnitude_std  # beyond that once in a billion draws
-            low, high = op.magnitude - spread, op.magnitude + spread
-            if math.isinf(spread):  # drawn evenly from 0 to the strength, which is left out
-                low, high = 0, math.nextafter(op.magnitude, 0)
-            reached = [min(max(strength, 0), op.magnitude_max or 10) for strength in (low, high)]
-            if "Posterize" in op.name and any(op.level_fn(strength, op.hparams)[0] < 1
-                                              for strength in reached):
-                return True
-    return False
-
-
-def open_image(source):
-    """A path or an (H, W, 3) uint8 array as an RGB image; 16-bit grey keeps its upper 8 bits."""
-    if not isinstance(source, str):
-        return Image.fromarray(source)
-    image = Image.open(source)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+def try_transform(args, times=6000):
+    """Augment a tiny image many times: Pillow 13 refuses what some strings of --aa ask for now and
+    then (to keep 0 bits of a picture), and that shall not come up after hours."""
+    steps, image = build_transform(args, train=True).transforms, Image.new("RGB", (8, 8))
+    set_seed(args)
+    for step in steps:
+        for _ in range(times * (type(step).__module__ == "timm.data.auto_augment")):
+            step(image)
 
 
 class ImageSet(Dataset):
-    """Images with labels: `images[i]` is the clean image i, `images[i, seed]` an augmented one.
+    """Images with labels. x: (n, H, W, 3) uint8, or n paths; y: (n,) labels.
 
-    An augmentation depends on its seed alone, so the same images come out whatever the number of
-    processes and of loading workers. Made from a continuum task set or a pair (x, y).
-    x: (n, H, W, 3) uint8, or n paths; y: (n,) labels.
+    `rows` are their numbers in the data set that the run began with. Small images are augmented in
+    batches (`BatchLoader`); of others, loading workers ask one by one: images[i] is image i,
+    augmented at random, images[i, seed] likewise but from this seed alone, whatever the process,
+    and images[i, None] the clean image.
     """
 
-    def __init__(self, taskset, args):
-        self.x, self.y = taskset.get_raw_samples()[:2] if hasattr(taskset, "trsf") else taskset
-        self.args, self.clean = args, build_transform(args, train=False)
-        self.augment = build_transform(args, train=True)
+    def __init__(self, x, y, args, rows=None):
+        self.x = torch.from_numpy(x) if isinstance(x, np.ndarray) and x.ndim == 4 else x
+        self.y, self.args, self.rows = y, args, np.arange(len(y)) if rows is None else rows
+        self.transforms = [build_transform(args, train) for train in (False, True)]
 
     def __len__(self):
         return len(self.y)
 
     def __getitem__(self, key):
-        index, seed = key if isinstance(key, tuple) else (key, None)
+        index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2 ** 32, ())))
         before = torch.get_rng_state()  # dropout must not depend on where images are loaded
         if seed is not None:  # the three generators that transforms draw from
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
-        source = self.x[index] if self.x.ndim > 1 else str(self.x[index])
+        source = self.x[index].numpy() if torch.is_tensor(self.x) else str(self.x[index])
         try:
-            image = open_image(source)
-            image = self.clean(image) if seed is None else self.augment(image)
+            image = self.transforms[seed is not None](open_image(source))
         except Exception as error:
             name = source if isinstance(source, str) else f"image {index}"
             text = " ".join(str(error).split())
@@ -509,50 +598,144 @@ class ImageSet(Dataset):
         torch.set_rng_state(before)
         return image, int(self.y[index])
 
-    def select(self, rows):
-        """The images of these rows (a slice or indices), in this order."""
-        return ImageSet((self.x[rows], self.y[rows]), self.args)
+    def in_memory(self):
+        """Whether the images are held in the size in which the network sees them."""
+        size = self.args.input_size
+        return torch.is_tensor(self.x) and self.x.shape[1:3] == (size, size) and size <= SMALL
+
+    def select(self, which):
+        """The images of these rows (a slice, a mask or indices), in this order."""
+        which = np.arange(len(self))[which]
+        pixels = self.x[torch.from_numpy(which)] if torch.is_tensor(self.x) else self.x[which]
+        return ImageSet(pixels, self.y[which], self.args, self.rows[which])
 
     def join(self, others):
         """This set followed by all sets in the list `others`."""
         sets = [self, *others]
-        return ImageSet((np.concatenate([s.x for s in sets]), np.concatenate([s.y for s in sets])),
-                        self.args)
+        join = torch.cat if torch.is_tensor(self.x) else np.concatenate
+        return ImageSet(join([s.x for s in sets]), np.concatenate([s.y for s in sets]), self.args,
+                        np.concatenate([s.rows for s in sets]))
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Training helpers
+# 4. Batches
 # ---------------------------------------------------------------------------------------------
 
-class SeededSampler(DistributedSampler):
-    """torch's sampler (rank r takes images r, r + N, ... of one permutation that all ranks draw
-    alike), with a seed for each image's augmentation beside its index."""
+class SeededSampler:
+    """Which images an epoch shows on this rank, each with a seed for its augmentation.
+
+    All ranks draw one order from `seed`, which is set before each epoch. Of it the global batches
+    of --batch_size images are cut, so they hold the same images for every number N of processes;
+    rank r takes every N-th image from the r-th on. An incomplete last batch is left out. (A smaller
+    set is one batch, of the largest multiple of N images in it.)
+
+    sampler: another order, such as torch's WeightedRandomSampler, for all ranks together.
+    """
+
+    def __init__(self, size, args, sampler=None):
+        self.size, self.sampler, self.seed = size, sampler, 0
+        self.rank, self.world_size = args.rank, args.world_size
+        total = size if sampler is None else len(sampler)
+        self.share = min(args.batch_size, total) // args.world_size  # of a batch
+        if self.share == 0:
+            fail(f"{total} images cannot be shared by {args.world_size} processes")
+        self.batches = total // (self.share * args.world_size)
+
+    def __len__(self):
+        return self.batches * self.share
+
+    def draw(self):
+        """(row numbers, seeds), two tensors: this rank's part of the epoch."""
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.sampler is None:
+            order = torch.randperm(self.size, generator=generator)
+        else:  # it draws from torch's own generator: from the same seed on every rank
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                order = torch.tensor(list(self.sampler))
+        # A seed for each place in the order, not for each image, which may come up twice.
+        seeds = torch.randint(2 ** 32, (len(order),), generator=generator)
+        mine = slice(self.rank, len(self) * self.world_size, self.world_size)
+        return order[mine], seeds[mine]
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.epoch)
-        seeds = torch.randint(2 ** 32, (len(self.dataset),), generator=generator).tolist()
-        return ((index, seeds[index]) for index in super(SeededSampler, self).__iter__())
+        order, seeds = self.draw()
+        return zip(order.tolist(), seeds.tolist())
 
 
-def train_loader(train_set, args):
-    """Batches of batch_size / N images per rank. The incomplete last batch is left out, so the
-    global batches hold the same images for every number N of processes that divides their size.
-    (A smaller set is one batch of the largest multiple of N images in it, so there N changes the
-    batch by up to N - 1 images.)"""
-    sampler = SeededSampler(train_set, args.world_size, args.rank, drop_last=True)
-    size = min(args.batch_size, len(train_set)) // args.world_size
-    if size == 0:
-        fail(f"{len(train_set)} images cannot be shared by {args.world_size} processes")
-    return DataLoader(train_set, size, sampler=sampler, drop_last=True,
-                      num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
+def normalise(pixels, args):
+    """(batch, S, S, 3) uint8 -> (batch, 3, S, S) float32 on the device, in channels_last."""
+    mean, std, _ = get_statistics(args)
+    images = pixels.to(args.device).permute(0, 3, 1, 2).float().div_(255)
+    for colour in range(3):  # numbers, not tensors, which would have to be sent to the GPU
+        images[:, colour].sub_(mean[colour]).div_(std[colour])
+    return images
+
+
+def crop_and_flip(framed, rows, tops, lefts, flips, size):
+    """Images `rows` of framed (n, P, P, 3), cropped at (tops, lefts) and mirrored where flips is 1:
+    (batch, size, size, 3). One gather; bit for bit torchvision's pad, crop and flip."""
+    side, steps = framed.shape[1], torch.arange(size, device=framed.device)
+    down = tops[:, None] + steps  # (batch, size), as are those across
+    across = lefts[:, None] + torch.where(flips[:, None] == 1, size - 1 - steps, steps)
+    pixels = (rows[:, None, None] * side + down[:, :, None]) * side + across[:, None, :]
+    return framed.view(-1, 3).index_select(0, pixels.flatten()).view(-1, size, size, 3)
+
+
+class BatchLoader:
+    """Training batches of images in memory, without any Python per image. A pass gives (images,
+    targets) on the device, of `share` images each."""
+
+    def __init__(self, images, sampler, share, args):
+        self.sampler, self.share, self.args = sampler, share, args
+        self.margin = margin = args.input_size // 8
+        self.framed = F.pad(images.x, (0, 0, margin, margin, margin, margin))  # with black
+        self.targets = torch.from_numpy(images.y).to(images.x.device)
+
+    def __len__(self):
+        return math.ceil(len(self.sampler) / self.share)
+
+    def __iter__(self):
+        rows, seeds = self.sampler.draw()
+        # The shift and the flip are read off the seed like the digits of a number.
+        shifts = 2 * self.margin + 1
+        tops, lefts, flips = seeds % shifts, seeds // shifts % shifts, seeds // shifts ** 2 % 2
+        if not get_statistics(self.args)[2]:  # a mirror image would not keep its class
+            flips = torch.zeros_like(flips)
+        draws = torch.stack([rows, tops, lefts, flips]).to(self.framed.device)
+        for batch in draws.split(self.share, dim=1):
+            pixels = crop_and_flip(self.framed, *batch, self.args.input_size)
+            yield normalise(pixels, self.args), self.targets[batch[0]]
+
+
+def make_batches(images, sampler, share, args):
+    """Batches of `share` images that a SeededSampler chooses, from memory or by workers."""
+    if in_batches(args) and images.in_memory():
+        return BatchLoader(images, sampler, share, args)
+    return DataLoader(images, share, sampler=sampler, num_workers=args.num_workers,
+                      persistent_workers=args.num_workers > 0,
                       pin_memory=args.device.type == "cuda")
 
 
-def clean_batches(image_set, args):
-    """Every clean image exactly once over all ranks, without padding: rank r has r, r + N, ..."""
-    shard = range(args.rank, len(image_set), args.world_size)
-    workers = args.num_workers if len(image_set) > 2000 else 0  # starting them takes a second
-    return to_device(DataLoader(image_set, 256, sampler=shard, num_workers=workers), args)
+def train_loader(train_set, args, sampler=None):
+    """Shuffled, augmented batches of batch_size / N images per rank. sampler: see SeededSampler."""
+    sampler = SeededSampler(len(train_set), args, sampler)
+    return make_batches(train_set, sampler, sampler.share, args)
+
+
+def clean_batches(image_set, args, rows=None):
+    """Clean (images, targets) on the device: these rows of the set, or this rank's share r, r + N,
+    ..., which is every image exactly once over all ranks."""
+    rows = torch.arange(args.rank, len(image_set), args.world_size) if rows is None else rows
+    if image_set.in_memory():
+        targets = torch.from_numpy(image_set.y)
+        for batch in rows.split(500):
+            pixels = image_set.x[batch.to(image_set.x.device)]
+            yield normalise(pixels, args), targets[batch].to(args.device)
+    else:
+        workers = args.num_workers if len(image_set) > 2000 else 0  # starting them takes a second
+        keys = [(row, None) for row in rows.tolist()]
+        yield from to_device(DataLoader(image_set, 250, sampler=keys, num_workers=workers), args)
 
 
 def to_device(loader, args):
@@ -562,8 +745,27 @@ def to_device(loader, args):
             yield (images.to(args.device, non_blocking=True, memory_format=torch.channels_last),
                    targets.to(args.device, non_blocking=True))
     except InputError as error:  # from a worker process its traceback comes along: last line
-        fail(str(error).strip().splitlines()[-1].split("InputError: ")[-1], any_rank=True)
+        fail(str(error).strip().splitlines()[-1].split("InputError: ")[-1], everywhere=False)
 
+
+@torch.no_grad()
+def for_all_images(function, image_set, args):
+    """function(images), which has a row for each image, for all clean images: (n, ...) float32, in
+    the order of the set. Each rank computes its share, then all ranks get all rows."""
+    # A rank for which there is no image takes one along, which `gather` leaves out.
+    rows = torch.arange(args.rank, max(len(image_set), args.rank + 1), args.world_size)
+    shard = []
+    # (Not compiled: the last batch is smaller, and would be compiled for itself.)
+    with torch.compiler.set_stance("force_eager"):
+        for images, _ in clean_batches(image_set, args, rows % len(image_set)):
+            with autocast(args):
+                shard.append(function(images).float())
+    return gather(torch.cat(shard), len(image_set), args)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The model in training
+# ---------------------------------------------------------------------------------------------
 
 def autocast(args):
     """bf16 or fp16 for the heavy operations where --amp asks for it; parameters stay float32."""
@@ -591,26 +793,71 @@ def create_backbone(args):
     features.sum().backward()  # DDP waits for every gradient: leave out what is never used
     for parameter in backbone.parameters():
         parameter.requires_grad_(parameter.grad is not None).grad = None
-    if args.distributed and args.device.type == "cuda":
+    if args.distributed and args.device.type == "cuda" and args.sync_bn:
         backbone = timm.layers.convert_sync_batchnorm(backbone)
-    return backbone.to(args.device, memory_format=torch.channels_last)
+    backbone = backbone.to(args.device, memory_format=torch.channels_last)
+    if args.compile:
+        compile_backbone(backbone)
+    return backbone
+
+
+def compile_backbone(backbone):
+    """Compile the backbone, which never changes, unlike the heads on top of it. On CUDA its kernels
+    are recorded as a graph, so that Python need not launch them one by one."""
+    backbone.compile(mode="reduce-overhead" if torch.cuda.is_available() else None)
+
+
+def frozen_copy(model, args):
+    """A copy that learns nothing, BatchNorm's running averages included."""
+    model = copy.deepcopy(model).requires_grad_(False).eval()
+    if args.compile:
+        compile_backbone(model.backbone)
+    return model
 
 
 def distribute(model, args):
-    """The model as it is called in training: gradients averaged over all ranks, compiled or not.
+    """The model as it is called in training: its gradients are averaged over all ranks.
 
     Rank 0's parameters go to all ranks once, here. On the CPU BatchNorm's running averages drift
     apart during an epoch and are made equal at its end (`Run.end_epoch`).
     """
-    if args.distributed:
-        on_gpu = [args.local_rank] if args.device.type == "cuda" else None
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
-        model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=on_gpu, broadcast_buffers=False)
-    if args.compile:
-        torch.compiler.reset()  # the model has grown: forget the compiled one
-        model = torch.compile(model)
-    return model
+    if not args.distributed:
+        return model
+    on_gpu = [args.local_rank] if args.device.type == "cuda" else None
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def train_mode(model, resting):
+    """The model ready to learn, but for the modules in `resting`, whose BatchNorm keeps still."""
+    model.train()
+    for module in resting:
+        module.eval()
+
+
+def step(loss, optimizer, scaler):
+    """One step downhill. The scaler acts under --amp fp16 only: small gradients would become 0."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@contextlib.contextmanager
+def frozen(trainer, modules):
+    """Inside, these modules of trainer.model learn nothing: no gradients, no running averages."""
+    learning = [weight for module in modules for weight in module.parameters()
+                if weight.requires_grad]
+    for weight in learning:
+        weight.requires_grad_(False)
+    trainer.resting = modules
+    try:
+        yield
+    finally:
+        trainer.resting = []
+        for weight in learning:
+            weight.requires_grad_(True)
 
 
 def average_batchnorm(model, args):
@@ -619,44 +866,32 @@ def average_batchnorm(model, args):
         timm.utils.distribute_bn(model, args.world_size, reduce=True)
 
 
-@contextlib.contextmanager
-def frozen(module):
-    """Inside, the module learns nothing: no gradients, and eval mode even after `train()`."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.eval().requires_grad_(False)
-    module.train = lambda mode=True: module
-    try:
-        yield
-    finally:
-        del module.train
-        for parameter in learning:
-            parameter.requires_grad_(True)
-
-
-def global_mean(values, args):
-    """Mean of the values of all ranks together, where ranks may hold different numbers of them or
-    none. A loss: DDP divides gradients by the number of ranks, so this is multiplied by it."""
-    count = torch.tensor(float(values.numel()), device=values.device)
+def global_mean(values, mask, args):
+    """Mean of the values under the mask, over all ranks together, of which some may have none. A
+    loss: DDP divides gradients by the number of ranks, so this is multiplied by it."""
+    count = mask.sum()
     if args.distributed:
         dist.all_reduce(count)
-    return values.sum() * args.world_size / count.clamp(min=1)
+    return (values * mask).sum() * args.world_size / count.clamp(min=1)
+
+
+def silent(args):
+    """Whether this process draws no progress bar: only rank 0 does, and only on a terminal."""
+    return args.rank > 0 or not sys.stderr.isatty()
 
 
 class Meter:
-    """The batches of one epoch, its loss and accuracy over all ranks, and a bar on rank 0.
+    """Loss and accuracy of an epoch over all ranks, and a progress bar.
 
     The sums stay on the device: they are read once a second for the bar and once at the end, so
     no step waits for the GPU.
     """
 
-    def __init__(self, loader, args, title):
-        self.args, self.loader, self.start, self.shown = args, loader, time.time(), 0.0
-        self.sums = torch.zeros(3, device=args.device)  # loss, correct, images of this rank
-        self.bar = tqdm(total=len(loader), desc=title, leave=False,
-                        disable=args.rank > 0 or not sys.stderr.isatty())
-
-    def __iter__(self):
-        return to_device(self.loader, self.args)
+    def __init__(self, trainer, steps):
+        self.args, self.start, self.shown = trainer.args, time.time(), time.time()
+        self.sums = torch.zeros(3, device=self.args.device)  # loss, correct, images of this rank
+        self.bar = tqdm(total=steps, desc=f"task {trainer.task + 1} epoch {trainer.epoch + 1}",
+                        leave=False, disable=silent(self.args))
 
     def update(self, loss, logits, targets):
         correct = (logits.detach().argmax(dim=1) == targets).sum()
@@ -677,125 +912,87 @@ class Meter:
                 "images": int(images), "seconds": seconds, "images_per_second": images / seconds}
 
 
-@torch.no_grad()
-def extract_features(model, image_set, args, mirror=False):
-    """Features of the clean (or mirrored) images: (n, d) float32 on the CPU of every rank, the same
-    bits.
-
-    Each rank computes its share, then all ranks get all rows in the order of the set.
-    """
+def extract_features(model, image_set, args):
+    """Features of the clean images: (n, embed_dim) float32 on the CPU, the same on every rank."""
     model.eval()
-    shard = [torch.zeros(0, model.fc.embed_dim, device=args.device)]
-    for images, _ in clean_batches(image_set, args):
-        with autocast(args):
-            shard.append(model(images.flip(3) if mirror else images)[1].float())
-    return gather(torch.cat(shard), len(image_set), args).cpu()
+    return for_all_images(lambda images: model(images)[1], image_set, args).cpu()
 
 
-@torch.no_grad()
-def select_exemplars(model, new_data, m, args):
+def select_exemplars(trainer, new_data, m, herding):
     """(Up to) m exemplars of each class of new_data, as a list of ImageSets, best images first.
 
-    barycenter: `herding`; cluster: nearest to the class mean first; entropy: where the answer is
-    least certain; first: in the order of the data; random: any. Rank 0 decides for all, also where
-    the machines of a launch round differently.
+    barycenter: herding(features, m); cluster: nearest to the class mean first; entropy: where the
+    answer is least certain; first: in the order of the data; random: any. Rank 0 decides for all,
+    also where the machines of a launch round differently.
     """
-    features, exemplars = extract_features(model, new_data, args), []
+    args, model, exemplars = trainer.args, trainer.model, []
+    features = extract_features(model, new_data, args)
     for label in np.unique(new_data.y) if m else ():
         rows = torch.from_numpy(new_data.y == label).nonzero()[:, 0]
+        own = features[rows]
         if args.herding_method == "barycenter":
-            best = herding(features[rows], m)
+            best = herding(own, m)
         elif args.herding_method == "cluster":
-            best = (features[rows] - features[rows].mean(0)).norm(dim=1).argsort(stable=True)[:m]
+            best = (own - own.mean(dim=0)).norm(dim=1).argsort(stable=True)
         elif args.herding_method == "entropy":
-            chances = model.fc(features[rows].to(args.device)).softmax(dim=1).cpu()
-            best = torch.special.entr(chances).sum(1).argsort(descending=True, stable=True)[:m]
-        elif args.herding_method == "first":
-            best = torch.arange(len(rows))[:m]
-        else:
-            best = torch.randperm(len(rows))[:m]
-        rows = rows[best].to(args.device)
+            chances = model.fc(own.to(args.device)).detach().softmax(dim=1).cpu()
+            best = torch.special.entr(chances).sum(dim=1).argsort(descending=True, stable=True)
+        else:  # random, first
+            best = torch.randperm(len(rows)) if args.herding_method == "random" else slice(None)
+        rows = rows[best][:m]
         if args.distributed:
             dist.broadcast(rows, src=0)
-        exemplars.append(new_data.select(rows.cpu().numpy()))
+        exemplars.append(new_data.select(rows.numpy()))
     return exemplars
 
 
-def herding(features, m):
-    """iCaRL's choice of exemplars (Rebuffi et al., CVPR 2017, Algorithm 4). O(n m d).
-
-    Greedily picks the row that brings the mean of the picked rows closest to the class mean, on
-    L2-normalised features. features: (n, d), of one class. Returns min(m, n) row numbers, the
-    most important first, so that a smaller memory is a prefix of a larger one.
-    """
-    features = torch.nn.functional.normalize(features.double(), dim=1)
-    mean, total = features.mean(dim=0), torch.zeros(features.shape[1], dtype=torch.float64)
-    taken, order = torch.zeros(len(features), dtype=torch.float64), []
-    for k in range(1, min(m, len(features)) + 1):
-        distance = (mean - (total + features) / k).norm(dim=1) + taken
-        order.append(int(distance.argmin()))
-        total += features[order[-1]]
-        taken[order[-1]] = math.inf
-    return torch.tensor(order, dtype=torch.int64)
-
-
 # ---------------------------------------------------------------------------------------------
-# 5. Evaluation
+# 6. Evaluation
 # ---------------------------------------------------------------------------------------------
 
-def task_of_class(increments, args):
-    """The number of the task that each class came with: (classes,), on the device."""
-    return torch.tensor(np.repeat(range(len(increments)), increments), device=args.device)
+def task_of_class(increments):
+    """The number of the task that each class came with: (classes,)."""
+    return torch.repeat_interleave(torch.arange(len(increments)), torch.tensor(increments))
 
 
-@torch.no_grad()
 def evaluate(trainer, predict=None):
-    """Accuracy on the test images of all tasks so far, each image counted once over all ranks, with
-    the scores of `predict`: the trainer's own, or another.
+    """`score` on the test images of all tasks so far, each image counted once over all ranks, with
+    the answers of `predict`: the trainer's own, or another."""
+    test_set = trainer.run.test_scenario.images(slice(0, trainer.task + 1))
+    trainer.model.eval()
+    logits = for_all_images(predict or trainer.predict, test_set, trainer.args).cpu()
+    return score(logits, torch.from_numpy(test_set.y), trainer.run.increments[:trainer.task + 1])
+
+
+def score(logits, targets, increments):
+    """What the answers are worth. logits: (n, columns), a column for each class so far, and perhaps
+    for classes of tasks to come, which may compete; targets: (n,); increments: of the tasks so far.
 
     Returns, in percent, "acc1" and "acc5" on all images; "accuracy" and "task_aware", lists of each
-    task; the means of these two that weigh a task by its classes, "class_weighted" and
-    "class_weighted_task_aware"; "cumulative", a list: of the tasks 1 to k, with only their classes
-    as answers; "task_inference": the share of answers in the right task. And "confusion": row i,
-    column j counts images of class i that were taken for class j.
+    task; "cumulative", a list: of the tasks 1 to k, with only their classes as answers;
+    "task_inference": the share of answers in the right task. And "confusion": row i, column j
+    counts images of class i that were taken for class j.
     """
-    args, increments = trainer.args, trainer.run.increments[:trainer.task + 1]
-    test_set = ImageSet(trainer.run.test_scenario[:trainer.task + 1], args)
-    total, task_of = sum(increments), task_of_class(trainer.run.increments, args)
-    ends = np.cumsum(increments)
-    rows = [torch.zeros(0, 4 + len(ends), dtype=int, device=args.device)]
-    trainer.model.eval()
-    for images, targets in clean_batches(test_set, args):
-        with autocast(args):
-            # (batch, total), or more: a method may let classes of tasks to come compete
-            logits = (predict or trainer.predict)(images).float()
-        top5 = (logits.topk(min(5, total)).indices == targets[:, None]).any(dim=1)
-        other = task_of[targets][:, None] != task_of[:logits.shape[1]]
-        in_task = logits.masked_fill(other, -math.inf).argmax(dim=1)
-        first = [logits[:, :end].argmax(dim=1) == targets for end in ends]  # the first k tasks
-        rows.append(torch.stack([targets, logits.argmax(dim=1), top5, in_task == targets, *first],
-                                dim=1))
-    rows = gather(torch.cat(rows), len(test_set), args).cpu().numpy()
-    # (test images,) each, the same on every rank
-    true, predicted, top5, in_task, *first = rows.T
-    confusion = np.zeros((total, max(total, predicted.max() + 1)), dtype=int)
-    task_of = task_of.cpu().numpy()
-    task = task_of[true]
-    np.add.at(confusion, (true, predicted), 1)
+    from sklearn.metrics import confusion_matrix
+    total, columns, tasks = sum(increments), logits.shape[1], range(len(increments))
+    # Classes to come belong to no task so far.
+    task_of = torch.cat([task_of_class(increments), torch.full((columns - total,), len(tasks))])
+    task, predicted = task_of[targets], logits.argmax(dim=1)
+    right = predicted == targets
+    top5 = (logits.topk(min(5, total)).indices == targets[:, None]).any(dim=1)
+    own = logits.masked_fill(task[:, None] != task_of, -math.inf).argmax(dim=1) == targets
+    so_far = [logits[:, :end].argmax(dim=1) == targets for end in np.cumsum(increments)]
 
     def percent(hits):
-        return float(100 * hits.mean())
+        return 100 * hits.double().mean().item()
 
-    tasks = range(len(increments))
-    accuracy = [percent((predicted == true)[task == u]) for u in tasks]
-    task_aware = [percent(in_task[task == u]) for u in tasks]
-    return {"acc1": percent(predicted == true), "acc5": percent(top5),
-            "accuracy": accuracy, "task_aware": task_aware,
-            "class_weighted": float(np.average(accuracy, weights=increments)),
-            "class_weighted_task_aware": float(np.average(task_aware, weights=increments)),
-            "cumulative": [percent(first[k][task <= k]) for k in tasks],
+    return {"acc1": percent(right), "acc5": percent(top5),
+            "accuracy": [percent(right[task == u]) for u in tasks],
+            "task_aware": [percent(own[task == u]) for u in tasks],
+            "cumulative": [percent(so_far[k][task <= k]) for k in tasks],
             "task_inference": percent(task_of[predicted] == task),
-            "confusion": confusion.tolist()}
+            "confusion": confusion_matrix(targets, predicted,
+                                          labels=range(columns))[:total].tolist()}
 
 
 def forgetting(matrix):
@@ -806,24 +1003,19 @@ def forgetting(matrix):
     return sum(drops) / len(drops) if drops else 0.0
 
 
-def cumulative_forgetting(matrix):
-    """Mean over k < T of max_{t<=T} b[t][k] - b[T][k], percent points, at least 0 (Soutif et al.,
-    2021, arXiv 2106.11930). matrix: b, the "cumulative" accuracies; row t has t + 1 entries."""
-    last = len(matrix) - 1
-    drops = [max(row[k] for row in matrix[k:]) - matrix[last][k] for k in range(last)]
-    return sum(drops) / len(drops) if drops else 0.0
-
-
 # ---------------------------------------------------------------------------------------------
-# 6. What a run leaves on disk
+# 7. What a run leaves on disk
 # ---------------------------------------------------------------------------------------------
 
-# What results.json keeps of `evaluate` after each task: one entry, or one row, for a task.
+# The trainer's own version, in every results.json: another one may draw other random numbers.
+VERSION = "2"
+# What results.json keeps of `score` after each task: one entry, or one row, for a task.
 HISTORY = {"acc1s": "acc1", "acc5s": "acc5", "accuracy_matrix": "accuracy",
            "task_aware_matrix": "task_aware", "cumulative_matrix": "cumulative",
-           "task_inference": "task_inference", "class_weighted": "class_weighted",
-           "class_weighted_task_aware": "class_weighted_task_aware"}
+           "task_inference": "task_inference"}
 MAY_DIFFER = {"resume", "output_dir", "num_workers", "stop_after_task", "plots", "device"}
+# A checkpoint is written at the end of an epoch if the last one is older than this.
+CHECKPOINT_SECONDS = 30
 
 
 def write_file(path, data):
@@ -837,7 +1029,8 @@ def write_file(path, data):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        fail(f"{path} could not be written ({error.strerror}); the file of before is still whole")
+        fail(f"{path} could not be written ({error.strerror}); the file of before is still whole",
+             everywhere=False)
 
 
 def write_tensors(path, content):
@@ -854,38 +1047,51 @@ def launch_name():
 class Run:
     """The output directory of a run: log.jsonl, checkpoint.pt, results.json, model.pt and plots.
 
-    Rank 0 reads and writes; all ranks hold the same numbers. A checkpoint is written after every
-    epoch. What comes after the last epoch of a task (herding, alignment, evaluation) is computed
-    again when a run is resumed there, with the same result.
+    Rank 0 reads and writes; all ranks hold the same numbers. A checkpoint is written at the end of
+    each fit, and within it after an epoch if half a minute has passed. What comes after the last
+    epoch of a task (herding, alignment, evaluation) is computed again when a run is resumed there,
+    with the same result.
     """
 
     def __init__(self, trainer, scenario, test_scenario):
         args = self.args = trainer.args
-        self.test_scenario = test_scenario
+        self.scenario, self.test_scenario = scenario, test_scenario
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
         method = type(trainer).__name__
         if method == "CilTrainer":  # WA itself, or a copy of template.py, which goes by its name
             file = Path(inspect.getfile(type(trainer))).stem
             method = "WA" if file == "template" else file
         cuda = args.device.type == "cuda"
-        self.start, self.images, self.train_seconds, self.saved = time.time(), 0, 0.0, {}
-        self.log = []
+        self.start = self.saved = time.time()
+        self.images, self.train_seconds, self.log = 0, 0.0, []
+        self.increments = list(scenario.increments)
         self.results = {
-            "method": method, "args": args.config, "increments": list(scenario.increments),
+            "method": method, "args": args.config, "increments": self.increments,
             "class_order": [int(c) for c in scenario.class_order],
             "class_names": scenario.class_names, **{key: [] for key in HISTORY}, "gammas": [],
             "world_size": args.world_size,
             "device": torch.cuda.get_device_name() if cuda else args.device.type,
-            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
-                         "timm": timm.__version__, "numpy": np.__version__}}
-        self.increments = self.results["increments"]
+            "versions": {"trainer": VERSION, "python": sys.version.split()[0],
+                         "torch": str(torch.__version__), "timm": timm.__version__,
+                         "numpy": np.__version__}}
+        self.checkpoint = problem = None
         if args.rank == 0:
-            self.open_directory(method)
+            try:
+                self.open_directory(method)
+            except InputError as error:
+                problem = str(error)
+        problem = first_problem(problem, args)
+        if problem:
+            fail(problem)
         if args.distributed:  # what rank 0 read goes to all: only its machine needs the file
-            box = [self.saved]
-            dist.broadcast_object_list(box, src=0, device=args.device)
-            self.saved = box[0]
+            box = [self.checkpoint]
+            dist.broadcast_object_list(box, src=0)
+            self.checkpoint = box[0]
+        self.first_task = self.checkpoint["task"] if self.checkpoint else 0
 
     def open_directory(self, method):
+        """Make or find the directory, and read the checkpoint of a resumed run. InputError: the
+        directory, or what it holds, cannot be used."""
         args = self.args
         name = f"{method}_{args.data_set}_b{args.num_bases}_inc{args.increment}_seed{args.seed}_"
         self.dir = Path(args.output_dir or f"runs/{name}{time.strftime('%Y%m%d-%H%M%S')}")
@@ -897,21 +1103,20 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=6)  # freed by the system at our end; workers follow in 5 s
         except filelock.Timeout:
-            fail(f"--output_dir {self.dir}: another run is writing there")
+            raise InputError(f"--output_dir {self.dir}: another run is writing there") from None
         except OSError as error:
-            fail(f"--output_dir {self.dir}: not a directory that can be written ({error.strerror})")
+            raise InputError(f"--output_dir {self.dir}: not a directory that can be written "
+                             f"({error.strerror})") from None
         found = [name for name in ("checkpoint.pt", "results.json", "log.jsonl", "model.pt")
                  if (self.dir / name).exists()]
         if found and not self.may_continue(self.dir):
-            fail(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to continue "
-                 "that run, or name another directory")
-        if found == ["results.json"] and (self.dir / ".launch").exists():
-            found = []  # our own run, ended before its first epoch: begin again
-        if found and found[0] != "checkpoint.pt":
-            fail(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on from; name "
-                 "another --output_dir")
-        if found:
-            self.load(self.dir / "checkpoint.pt")
+            raise InputError(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to "
+                             "continue that run, or name another directory")
+        if found and found[0] != "checkpoint.pt" and not (self.dir / ".launch").exists():
+            raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on "
+                             "from; name another --output_dir")
+        if found and found[0] == "checkpoint.pt":
+            self.read_checkpoint(self.dir / "checkpoint.pt")
         write_file(self.dir / ".launch", launch_name().encode())
 
     def may_continue(self, folder):
@@ -920,121 +1125,120 @@ class Run:
         again, mark = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), folder / ".launch"
         return self.args.resume or again and mark.exists() and mark.read_text() == launch_name()
 
-    def load(self, path):
+    def read_checkpoint(self, path):
         try:  # weights_only: a checkpoint from a stranger runs no code
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
             saved = {key: saved[key] for key in (
                 "task", "stage", "epoch", "model", "teacher", "optimizer", "scheduler", "scaler",
-                "exemplars", "results", "log", "images", "train_seconds", "seconds")}
+                "exemplars", "data", "results", "log", "images", "train_seconds", "seconds")}
             config, mine = saved["results"]["args"], self.args.config
         except Exception as error:
-            fail(f"--resume: {path} is no whole checkpoint of this trainer "
-                 f"({type(error).__name__}); name another --output_dir")
+            raise InputError(f"--resume: {path} is no whole checkpoint of this trainer "
+                             f"({type(error).__name__}); name another --output_dir") from None
         changed = [f"--{name} {config.get(name)} (now {mine[name]})" for name in mine
                    if name not in MAY_DIFFER and config.get(name) != mine[name]]
         changed += [name for name in ("method", "increments", "class_order")
                     if saved["results"].get(name) != self.results[name]]
+        changed += ["other images"] * (saved["data"] != self.scenario.fingerprint())
         if changed:
-            fail(f"--resume: {path} was made with {', '.join(changed)}; use the same command, or "
-                 "another --output_dir")
-        if 0 < self.args.stop_after_task <= saved["task"]:
-            fail(f"--stop_after_task {self.args.stop_after_task}: {path} is in task "
-                 f"{saved['task'] + 1} already")
-        self.saved = saved
+            raise InputError(f"--resume: {path} was made with {', '.join(changed)}; use the same "
+                             "command, or another --output_dir")
+        if saved["task"] >= (self.args.stop_after_task or math.inf):
+            raise InputError(f"--stop_after_task {self.args.stop_after_task}: {path} is in task "
+                             f"{saved['task'] + 1} already")
+        self.checkpoint = saved
 
-    def tasks(self, trainer):
-        """(task, number of new classes) one after the other, up to --stop_after_task."""
-        for task, nb_new in enumerate(self.increments[:self.args.stop_after_task or None]):
-            trainer.stage = -1  # the first `fit` of a task is stage 0
-            set_seed(self.args.seed, task)  # the same new weights on every rank
-            yield task, nb_new
+    def restore(self, trainer):
+        """In the task of the checkpoint, if there is one: put its weights, teacher and exemplars
+        into the trainer, whose model has the right shape by now."""
+        saved = self.checkpoint
+        if not saved or trainer.task != saved["task"]:
+            return
+        trainer.model.load_state_dict(saved["model"])
+        if trainer.teacher is not None:
+            trainer.teacher.load_state_dict(saved["teacher"])
+        self.scaler.load_state_dict(saved["scaler"])
+        trainer.exemplars = [self.scenario.data.select(rows.numpy()) for rows in saved["exemplars"]]
+        self.results.update(saved["results"], args=self.args.config,
+                            world_size=self.args.world_size)
+        self.images, self.train_seconds = saved["images"], saved["train_seconds"]
+        self.start, self.log = time.time() - saved["seconds"], saved["log"]
+        if self.args.rank == 0:  # without what came after the checkpoint, and a torn last line
+            lines = [json.dumps(line) + "\n" for line in self.log]
+            write_file(self.dir / "log.jsonl", "".join(lines).encode())
 
-    def reached(self, trainer):
-        """False for a task that was over before a resume. At the task of the checkpoint: load
-        weights, teacher and exemplars into the trainer, whose model has the right shape by now.
-        """
-        saved, task = self.saved, trainer.task
-        if saved and task == saved["task"]:
-            trainer.model.load_state_dict(saved["model"])
-            if trainer.teacher is not None:
-                trainer.teacher.load_state_dict(saved["teacher"])
-            trainer.scaler.load_state_dict(saved["scaler"])
-            trainer.exemplars = [
-                ImageSet((np.array(x, dtype=object) if isinstance(x, list) else x.numpy(),
-                          y.numpy()), self.args) for x, y in saved["exemplars"]]
-            self.results.update(saved["results"], args=self.args.config,
-                                world_size=self.args.world_size)
-            self.images, self.train_seconds = saved["images"], saved["train_seconds"]
-            self.start, self.log = time.time() - saved["seconds"], saved["log"]
-            self.write_log()
-        return task >= saved.get("task", 0)
-
-    def epochs(self, trainer, loader, optimizer, scheduler, num_epochs):
-        """The epochs of one fit, seeded one by one: all of them, those after the checkpoint, or
-        none if the fit was over before a --resume."""
-        trainer.stage += 1
-        here = [trainer.task, trainer.stage]
-        there = [self.saved.get(key, -1) for key in ("task", "stage")]
-        first = 0 if here > there else num_epochs
-        if here == there:
+    def restore_fit(self, trainer, optimizer, scheduler, num_epochs):
+        """The number of epochs of this fit that are done: 0, or after a --resume those of the
+        checkpoint, whose weights, optimizer and schedule are loaded, or all of an earlier fit."""
+        saved, epochs = self.checkpoint, 0
+        here = (trainer.task, trainer.stage)
+        if saved and here < (saved["task"], saved["stage"]):
+            epochs = num_epochs
+        elif saved and here == (saved["task"], saved["stage"]):
             # Again: before a second stage a method may have changed weights, drawn heads anew.
-            trainer.model.load_state_dict(self.saved["model"])
-            optimizer.load_state_dict(self.saved["optimizer"])
-            scheduler.load_state_dict(self.saved["scheduler"])
-            first = self.saved["epoch"] + 1
-        for epoch in range(first, num_epochs):
-            seed = set_seed(self.args.seed, *here, epoch, rank=self.args.rank)
-            loader.sampler.set_epoch(seed)  # without the rank: one order of images for all
-            self.lr = scheduler.get_last_lr()[0]
-            yield epoch
-        set_seed(self.args.seed, *here, num_epochs)
+            trainer.model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scheduler.load_state_dict(saved["scheduler"])
+            epochs = saved["epoch"]
+        self.num_epochs, self.lr = num_epochs, scheduler.get_last_lr()[0]
+        set_seed(self.args, *here, epochs)  # as end_epoch leaves the generators
+        return epochs
 
     def end_epoch(self, trainer, averages, optimizer, scheduler):
-        """Make BatchNorm's averages equal on all ranks, log the epoch, write the checkpoint."""
+        """Make BatchNorm's averages equal on all ranks, log the epoch, and write a checkpoint if it
+        was the last of a fit, or half a minute has passed since the one before."""
         args = self.args
         weights = torch.stack([p.detach().abs().max() for p in trainer.model.parameters()])
         if not (all(map(math.isfinite, averages.values())) and weights.isfinite().all()):
             fail(f"the loss ({averages['loss']}) or a weight left the finite numbers in task "
-                 f"{trainer.task + 1}, epoch {trainer.epoch + 1}, --lr {args.lr}: try a smaller "
-                 "one; the checkpoint of the epoch before is kept")
+                 f"{trainer.task + 1}, epoch {trainer.epoch}, --lr {args.lr}: try a smaller one; "
+                 "the last checkpoint is kept")
         average_batchnorm(trainer.model, args)
-        if args.eval_every_epoch and (trainer.epoch + 1) % args.eval_every_epoch == 0:
+        if args.eval_every_epoch and trainer.epoch % args.eval_every_epoch == 0:
             averages["test_accuracy"] = evaluate(trainer)["acc1"]
+        # From here to the next epoch all ranks draw the same numbers.
+        set_seed(args, trainer.task, trainer.stage, trainer.epoch)
         self.images += averages["images"]
         self.train_seconds += averages["seconds"]
         if args.rank:
             return
-        self.log.append({"task": trainer.task + 1, "stage": trainer.stage + 1,
-                         "epoch": trainer.epoch + 1, **averages, "lr": self.lr})
+        line = {"task": trainer.task + 1, "stage": trainer.stage + 1, "epoch": trainer.epoch,
+                **averages, "lr": self.lr}
+        self.log.append(line)
+        try:
+            with open(self.dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            fail(f"{self.dir / 'log.jsonl'} could not be written ({error.strerror})",
+                 everywhere=False)
+        self.lr = scheduler.get_last_lr()[0]  # of the next epoch
+        last = trainer.epoch == self.num_epochs or self.lr == 0
+        if last or time.time() > self.saved + CHECKPOINT_SECONDS:
+            self.write_checkpoint(trainer, optimizer, scheduler)
+
+    def write_checkpoint(self, trainer, optimizer, scheduler):
+        self.saved = time.time()
         write_tensors(self.dir / "checkpoint.pt", {
             "task": trainer.task, "stage": trainer.stage, "epoch": trainer.epoch,
             "model": trainer.model.state_dict(),
             "teacher": trainer.teacher and trainer.teacher.state_dict(),
             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-            "scaler": trainer.scaler.state_dict(),
-            "exemplars": [(s.x.tolist() if s.x.ndim == 1 else torch.from_numpy(s.x),
-                           torch.from_numpy(s.y)) for s in trainer.exemplars],
+            "scaler": self.scaler.state_dict(), "data": self.scenario.fingerprint(),
+            "exemplars": [torch.from_numpy(images.rows) for images in trainer.exemplars],
             "results": self.results, "log": self.log, "images": self.images,
             "train_seconds": self.train_seconds, "seconds": time.time() - self.start})
-        self.write_log()
-
-    def write_log(self):
-        if self.args.rank == 0:
-            lines = [json.dumps(line) + "\n" for line in self.log]
-            write_file(self.dir / "log.jsonl", "".join(lines).encode())
 
     def end_task(self, trainer, scores):
         """Add a row to the accuracy matrix, print one line, write results.json."""
         results, done = self.results, trainer.task + 1
-        for key, score in HISTORY.items():
-            results[key] = results[key] + [scores[score]]
+        for key, name in HISTORY.items():
+            results[key] = results[key] + [scores[name]]
         results.update(
             confusion=scores["confusion"], finished=done == len(self.increments),
             average_incremental_accuracy=sum(results["acc1s"]) / done,
             last_accuracy=scores["acc1"], forgetting=forgetting(results["accuracy_matrix"]),
-            cumulative_forgetting=cumulative_forgetting(results["cumulative_matrix"]),
             seconds=time.time() - self.start,
             images_per_second=self.images / max(self.train_seconds, 1e-9))
         if self.args.rank == 0:
@@ -1052,8 +1256,9 @@ class Run:
                 "increments": self.increments[:trainer.task + 1],
                 "class_order": results["class_order"], "class_names": results["class_names"],
                 "state_dict": trainer.model.state_dict()})
-            if any(images.x.ndim == 1 for images in trainer.exemplars):  # paths: which to keep
-                kept = {results["class_names"][images.y[0]]: images.x.tolist()
+            files = self.scenario.files
+            if files is not None and trainer.exemplars:  # which images to keep
+                kept = {results["class_names"][images.y[0]]: files[images.rows].tolist()
                         for images in trainer.exemplars if len(images)}
                 write_file(self.dir / "exemplars.json", json.dumps(kept, indent=1).encode())
             if args.plots:
@@ -1061,19 +1266,25 @@ class Run:
                     buffer = io.BytesIO()
                     draw(results).savefig(buffer, dpi=120)
                     write_file(self.dir / f"{name}.png", buffer.getvalue())
-            print("\ntest accuracy (%)\nafter task" + "".join(
-                f"  task {u + 1:<2}" for u in range(trainer.task + 1)) + "   all")
-            for t, (row, acc1) in enumerate(zip(results["accuracy_matrix"], results["acc1s"])):
-                cells = [f"{a:8.2f}" for a in row] + [" " * 8] * (trainer.task - t)
-                print(f"{t + 1:>10}" + "".join(cells) + f"{acc1:8.2f}")
-            print(f"average incremental accuracy {results['average_incremental_accuracy']:.2f} %, "
-                  f"last {results['last_accuracy']:.2f} %, forgetting {results['forgetting']:.2f} "
-                  f"points, {results['seconds']:.0f} s\n")
-            print(*sorted(f for f in self.dir.iterdir() if f.name[0] != "."), sep="\n", flush=True)
+            self.print_table()
             self.lock.release()
         if args.distributed:
             dist.barrier()
             dist.destroy_process_group()
+
+    def print_table(self):
+        """The accuracy matrix, the averages, and the files of the run."""
+        results = self.results
+        tasks = range(1, len(results["acc1s"]) + 1)
+        print("\ntest accuracy (%)\nafter task" + "".join(f"  task {u:<2}" for u in tasks)
+              + "   all")
+        for t, row, acc1 in zip(tasks, results["accuracy_matrix"], results["acc1s"]):
+            cells = [f"{a:8.2f}" for a in row] + [" " * 8] * (len(tasks) - t)
+            print(f"{t:>10}" + "".join(cells) + f"{acc1:8.2f}")
+        print(f"average incremental accuracy {results['average_incremental_accuracy']:.2f} %, "
+              f"last {results['last_accuracy']:.2f} %, forgetting {results['forgetting']:.2f} "
+              f"points, {results['seconds']:.0f} s\n")
+        print(*sorted(f for f in self.dir.iterdir() if f.name[0] != "."), sep="\n", flush=True)
 
 
 def plot_accuracy(results):

@@ -120,7 +120,7 @@ class AANets(CilTrainer):
             return averages
         alphas = self.model.backbone.alphas.requires_grad_(True)
         lr = self.args.fusion_lr * optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"]
-        self.balanced.sampler.set_epoch(loader.sampler.epoch)
+        self.balanced.sampler.seed = loader.sampler.seed
         utils.average_batchnorm(self.model, self.args)  # one network on all ranks
         self.model.eval()
         for images, targets in utils.to_device(self.balanced, self.args):
@@ -153,5 +153,7 @@ if __name__ == "__main__":
     first = utils.Parser(add_help=False)  # the baseline decides which further flags there are
     first.add_argument("--baseline", default="lucir", choices=BASELINES)
     name = first.parse_known_args()[0].baseline
-    Baseline = BASELINES[name][1]
-    main(get_parser(name).parse_args(), type(f"{Baseline.__name__}+AANets", (AANets, Baseline), {}))
+    args, Baseline = get_parser(name).parse_args(), BASELINES[name][1]
+    if args.compile:
+        utils.fail("--compile: here the network changes in the second task, so leave it out")
+    main(args, type(f"{Baseline.__name__}+AANets", (AANets, Baseline), {}))

@@ -146,10 +146,9 @@ class ALTA(CilTrainer):
     def __init__(self, args):
         self.args, towers = args, clip_towers.load(args)
         args.config["clip"] = towers.fingerprint()  # a run is never resumed on other towers
-        utils.set_seed(args.seed)
+        utils.set_seed(args)
         self.model = CrossModalModel(towers, args.clip_method, args.columns == "all")
-        self.teacher, self.exemplars, self.known_classes = None, [], 0
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+        self.teacher, self.exemplars, self.known_classes, self.resting = None, [], 0, []
 
     def expand_model(self, nb_new, new_data):
         """In the first task the names of all classes become prompts."""
@@ -157,12 +156,13 @@ class ALTA(CilTrainer):
             names = clip_towers.readable(self.run.results["class_names"])
             self.model.set_classes(names, self.args.memory_size)
             self.encode_test_images()
-        super().expand_model(nb_new, new_data)
+        self.model.expand(nb_new)
+        self.model.to(self.args.device)
 
     @torch.no_grad()
     def encode_test_images(self):
         """The towers never change, so each test image goes through them once in a run."""
-        args, test_set = self.args, utils.ImageSet(self.run.test_scenario[:], self.args)
+        args, test_set = self.args, self.run.test_scenario.images(slice(None))
         features = [torch.zeros(0, self.model.towers.image_dim, device=args.device)]
         keys = [torch.zeros(0, dtype=torch.int64, device=args.device)]
         for images, _ in utils.clean_batches(test_set, args):
@@ -173,20 +173,17 @@ class ALTA(CilTrainer):
         self.row_of = {key: row for row, key in enumerate(keys)}
         self.test_features = utils.gather(torch.cat(features), len(test_set), args)  # on every rank
 
-    def fit(self, train_set, parameters, num_epochs, lr):
-        """The template's `fit`, with a constant learning rate if --schedule says so."""
-        loader = utils.train_loader(train_set, self.args)
-        optimizer = torch.optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay)
-        scheduler = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
-                     if self.args.schedule == "cosine" else
-                     torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
-        self.parallel_model = utils.distribute(self.model, self.args)
-        for self.epoch in self.run.epochs(self, loader, optimizer, scheduler, num_epochs):
-            # What is drawn for the memory follows from the epoch, and is the same on every rank.
-            self.random = np.random.RandomState(loader.sampler.epoch)
-            averages = self.train_epoch(loader, optimizer)
-            scheduler.step()
-            self.run.end_epoch(self, averages, optimizer, scheduler)
+    def make_optimizer(self, parameters, num_epochs, lr):
+        """The template's, with a constant learning rate if --schedule says so."""
+        optimizer, scheduler = super().make_optimizer(parameters, num_epochs, lr)
+        if self.args.schedule == "constant":
+            scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        return optimizer, scheduler
+
+    def train_epoch(self, loader, optimizer):
+        """What is drawn for the memory follows from the epoch, and is the same on every rank."""
+        self.random = np.random.RandomState(loader.sampler.seed)
+        return super().train_epoch(loader, optimizer)
 
     def compute_loss(self, images, targets):
         """CE + alpha CE(memory) + beta MSE(logits of the memory, now and then)."""
@@ -200,9 +197,10 @@ class ALTA(CilTrainer):
         if len(memory.labels):
             ce = F.cross_entropy(again, memory.labels[slots], reduction="none")
             then = memory.logits[slots, :again.shape[1]]  # nan: a class that came later
-            errors = (again - then)[~then.isnan()] ** 2
-            loss = (loss + args.alpha * utils.global_mean(ce, args)
-                    + args.beta * utils.global_mean(errors, args))
+            known = ~then.isnan()
+            errors = (again - then.where(known, again)) ** 2
+            loss = (loss + args.alpha * utils.global_mean(ce, torch.ones_like(ce), args)
+                    + args.beta * utils.global_mean(errors, known, args))
             memory.offer(*(utils.gather(rows, size, args)
                            for rows in (x, logits.detach(), targets)), self.random)
         return loss, logits

@@ -19,7 +19,8 @@ class BalFT(Patience):
 
     def train_task(self, train_set):
         """Stage 1 on everything, stage 2 for the heads: it makes the tasks' logits comparable."""
-        self.task_of = utils.task_of_class(self.run.increments[:self.task + 1], self.args)
+        increments = self.run.increments[:self.task + 1]
+        self.task_of = utils.task_of_class(increments).to(self.args.device)
         super().train_task(train_set)
         balanced_finetune(self, train_set, self.args.reinit_heads)
 

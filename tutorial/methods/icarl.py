@@ -37,9 +37,10 @@ class ICaRL(CilTrainer):
         images = self.exemplars[0].join(self.exemplars[1:])
         # A mirror image keeps its class on photos, not on digits.
         flip = utils.get_statistics(self.args)[2]
-        features = sum(F.normalize(  # every rank gets the features of all exemplars
-            utils.extract_features(self.model, images, self.args, mirror=mirror), dim=1)
-            for mirror in (False, True)[:1 + flip])
+        features = F.normalize(utils.extract_features(self.model, images, self.args), dim=1)
+        if flip:
+            mirrored = utils.for_all_images(lambda x: self.model(x.flip(3))[1], images, self.args)
+            features = features + F.normalize(mirrored.cpu(), dim=1)  # all ranks have all of them
         means = [features[images.y == c].mean(dim=0) for c in range(len(self.exemplars))]
         self.means = F.normalize(torch.stack(means), dim=1).to(self.args.device)
         # The other answer, that of the network's logits, is recorded beside.

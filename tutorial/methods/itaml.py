@@ -35,7 +35,7 @@ def move(parameters, start, end, rate):
 def inner_step(trainer, images, targets, count, parameters, optimizer):
     """One step on the images of one task: `count` on all ranks together, and maybe none on this.
     Returns the losses and logits of `task_losses`."""
-    args, model = trainer.args, trainer.model
+    args, model, scaler = trainer.args, trainer.model, trainer.run.scaler
     losses = torch.zeros(0, device=args.device)
     logits = torch.zeros(0, len(trainer.task_of), device=args.device)
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
@@ -45,7 +45,7 @@ def inner_step(trainer, images, targets, count, parameters, optimizer):
     if len(images) or synced:
         with utils.autocast(args) if len(images) else contextlib.nullcontext():
             losses, logits = task_losses(model, images, targets, trainer.task_of)
-    loss = trainer.scaler.scale(losses.sum() / count)
+    loss = scaler.scale(losses.sum() / count)
     if loss.requires_grad:
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     if args.distributed:  # the bare model: add up by hand
@@ -55,37 +55,39 @@ def inner_step(trainer, images, targets, count, parameters, optimizer):
     optimizer.zero_grad()  # to None: the heads of other tasks do not move
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient.view_as(parameter)
-    trainer.scaler.step(optimizer)
-    trainer.scaler.update()
+    scaler.step(optimizer)
+    scaler.update()
     return losses.detach(), logits.detach()
 
 
 class ITAML(CilTrainer):
     """Inner steps for each task of a batch, and an outer step from the start towards their ends."""
 
-    def fit(self, train_set, parameters, num_epochs, lr):
-        """The template's `fit`, with another optimizer and schedule, and without DDP: ranks may
-        hold images of different tasks, and would wait for each other's gradients for ever."""
+    @property
+    def task_of(self):
+        """The task of each class so far: (known + new,), on the device."""
+        return utils.task_of_class(self.run.increments[:self.task + 1]).to(self.args.device)
+
+    def make_optimizer(self, parameters, num_epochs, lr):
+        """RAdam or SGD, and a rate that falls at --milestones."""
         args = self.args
-        self.task_of = utils.task_of_class(self.run.increments[:self.task + 1], args)
-        loader = utils.train_loader(train_set, args)
         optimizer = (torch.optim.SGD(parameters, lr, args.momentum, 0, args.weight_decay)
                      if args.optimizer == "sgd" else
                      torch.optim.RAdam(parameters, lr, weight_decay=args.weight_decay))
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(
             optimizer, [max(1, round(s * num_epochs)) for s in args.milestones], args.gamma)
-        for self.epoch in self.run.epochs(self, loader, optimizer, scheduler, num_epochs):
-            averages = self.train_epoch(loader, optimizer)
-            scheduler.step()
-            self.run.end_epoch(self, averages, optimizer, scheduler)
 
     def train_epoch(self, loader, optimizer):
-        """For each batch the inner steps of one task after the other, then the outer step."""
+        """For each batch the inner steps of one task after the other, then the outer step. Without
+        DDP: ranks may hold images of different tasks, and would wait for each other for ever."""
         args, paper = self.args, self.args.meta == "paper"
         rate = outer_rate(self.task, len(self.run.increments), args.beta)
         shared = [p for p in self.model.backbone.parameters() if p.requires_grad]  # theta
-        meter = utils.Meter(loader, args, f"task {self.task + 1} epoch {self.epoch + 1}")
-        for images, targets in meter:  # (batch / ranks, 3, H, W), (batch / ranks,)
+        # The tasks' shares of a batch have ever new sizes, for each of which cudnn would look for
+        # its fastest algorithm.
+        torch.backends.cudnn.benchmark = False
+        meter = utils.Meter(self, len(loader))
+        for images, targets in utils.to_device(loader, args):  # (batch / ranks, 3, H, W)
             tasks = self.task_of[targets]
             counts = torch.bincount(tasks, minlength=self.task + 1)
             if args.distributed:  # the tasks of the global batch, the same on every rank

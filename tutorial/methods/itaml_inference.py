@@ -1,12 +1,13 @@
 """How iTAML answers: it finds the task of many images together, adapts a copy of the network to
 this task's exemplars, and asks the copy for the class. Chapter 19.
 """
+import argparse
+import copy
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import utils
 
@@ -26,15 +27,17 @@ def task_losses(model, images, targets, task_of):
 def adapt(trainer, task):
     """A copy of the model after one epoch on the exemplars of this task. Every rank does the same
     work and gets the same copy. With one task, or no exemplars, there is nothing to adapt to."""
-    model, args = trainer.model.copy(), trainer.args
+    model, args = copy.deepcopy(trainer.model), trainer.args
     if trainer.task == 0 or not trainer.exemplars:
         return model
     classes = (trainer.task_of == task).nonzero()[:, 0].tolist()
     images = trainer.exemplars[classes[0]].join([trainer.exemplars[c] for c in classes[1:]])
-    sampler = utils.SeededSampler(images, 1, 0)  # all images on every rank
-    sampler.set_epoch(utils.set_seed(args.seed, trainer.task, task))
+    # All images on every rank: a sampler for a world of one process.
+    alone = argparse.Namespace(rank=0, world_size=1, batch_size=1)
+    sampler = utils.SeededSampler(len(images), alone)
+    sampler.seed = utils.set_seed(args, trainer.task, task)
     optimizer = torch.optim.Adam(model.train().parameters(), 1e-3)
-    for x, y in utils.to_device(DataLoader(images, 64, sampler=sampler), args):
+    for x, y in utils.to_device(utils.make_batches(images, sampler, 64, args), args):
         if len(x) > 1:  # one image has no statistics for BatchNorm
             optimizer.zero_grad()
             task_losses(model, x, y, trainer.task_of)[0].mean().backward()
@@ -64,16 +67,16 @@ def answer(trainer, task):
     with torch.enable_grad():
         adapted = adapt(trainer, task).eval()
     args, model, task_of = trainer.args, trainer.model.eval(), trainer.task_of
-    tasks, test_set = range(trainer.task + 1), utils.ImageSet(trainer.run.test_scenario[task], args)
-    rows = [torch.zeros(0, len(tasks) + 2, device=args.device)]
-    for images, targets in utils.clean_batches(test_set, args):
-        with utils.autocast(args):
-            logits, other = model(images)[0].float(), adapted(images)[0].float()
+    tasks, test_set = range(trainer.task + 1), trainer.run.test_scenario.images(task)
+
+    def row(images):
+        logits, other = model(images)[0].float(), adapted(images)[0].float()
         other = other.masked_fill(task_of != task, -math.inf)
-        rows.append(torch.stack([*(logits[:, task_of == t].amax(dim=1) for t in tasks),
-                                 logits.argmax(dim=1) == targets,
-                                 other.argmax(dim=1) == targets], dim=1))
-    rows = utils.gather(torch.cat(rows), len(test_set), args).cpu().numpy()
+        return torch.stack([*(logits[:, task_of == t].amax(dim=1) for t in tasks),
+                            logits.argmax(dim=1), other.argmax(dim=1)], dim=1)
+
+    rows = utils.for_all_images(row, test_set, args).cpu().numpy()
+    rows[:, -2:] = rows[:, -2:] == test_set.y[:, None]
     # The images of a folder lie class by class; a continuum holds any images of its task.
     rows = rows[np.random.RandomState([args.seed, task]).permutation(len(rows))]
     return rows[:, :-2], rows[:, -2] > 0, rows[:, -1] > 0

@@ -57,9 +57,11 @@ def balanced_finetune(trainer, train_set, reinit=False):
     if args.num_epochs_ft and trainer.exemplars:
         trainer.update_memory(train_set.select(train_set.y >= trainer.known_classes))
         heads = trainer.model.fc.heads.requires_grad_(True)
-        for head in heads if reinit else ():
-            head.reset_parameters()  # the same on every rank: each draws the same numbers here
-        with utils.frozen(trainer.model.backbone):
+        for head in heads if reinit else ():  # the same on every rank: all draw the same numbers
+            fresh = CilClassifier(head.in_features)
+            fresh.expand(head.out_features)
+            head.load_state_dict(fresh.heads[0].state_dict())
+        with utils.frozen(trainer, [trainer.model.backbone]):
             trainer.fit(trainer.exemplars[0].join(trainer.exemplars[1:]), heads.parameters(),
                         args.num_epochs_ft, args.lr_ft)
 
@@ -97,10 +99,11 @@ class LUCIR(CilTrainer):
         loss = loss + weight * (1 - cosine).mean()
         # Margin ranking: for an exemplar, its class beats the K strongest new ones by a margin.
         cosines = logits / self.model.fc.sigma
-        old = targets < self.known_classes
-        rivals = cosines[old, self.known_classes:].topk(min(self.args.margin_k, self.nb_new)).values
-        own = cosines[old].gather(1, targets[old, None])  # (exemplars in the batch, 1)
-        return loss + utils.global_mean((self.args.margin - own + rivals).relu(), self.args), logits
+        rivals = cosines[:, self.known_classes:].topk(min(self.args.margin_k, self.nb_new)).values
+        own = cosines.gather(1, targets[:, None])  # (batch, 1)
+        ranking = (self.args.margin - own + rivals).relu().mean(dim=1)  # (batch,), of all images
+        old = targets < self.known_classes  # a mask, since to choose rows would wait for the GPU
+        return loss + utils.global_mean(ranking, old, self.args), logits
 
 
 def get_parser():

@@ -14,17 +14,34 @@ from template import CilTrainer
 
 
 class BestWeights(torch.optim.lr_scheduler.ReduceLROnPlateau):
-    """After `patience` epochs without a better loss: a lower rate, and back to the best weights."""
+    """After `patience` epochs without a better loss: a lower rate, and back to the best weights.
+    Below --lr_min, or after num_epochs, the fit ends with them."""
 
-    weights = None  # the model's state after the best epoch so far; saved with the schedule
+    def __init__(self, optimizer, trainer, num_epochs):
+        args, self.trainer = trainer.args, trainer
+        self.num_epochs, self.lr_min = num_epochs, min(args.lr_min, optimizer.defaults["lr"])
+        self.weights = None  # the model's state after the best epoch so far
+        super().__init__(optimizer, factor=1 / args.lr_factor, threshold=0, eps=0,
+                         patience=args.patience - 1)
 
-    def step(self, loss, model):
-        rate = self.get_last_lr()
+    def step(self):
+        """At the end of an epoch, with the validation loss that `Patience.train_epoch` found."""
+        loss, model, rate = self.trainer.validation_loss, self.trainer.model, self.get_last_lr()
         if self.weights is None or loss < self.best:
             self.weights = {name: x.clone() for name, x in model.state_dict().items()}
         super().step(loss)
-        if self.get_last_lr() != rate:
+        learned = self.get_last_lr()[0] < self.lr_min or self.last_epoch == self.num_epochs
+        if learned or self.get_last_lr() != rate:
             model.load_state_dict(self.weights)
+        if learned:  # a rate of 0 ends the fit
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            self._last_lr = [0.0] * len(self._last_lr)
+
+    def state_dict(self):
+        state = super().state_dict()
+        del state["trainer"]
+        return state
 
 
 @torch.no_grad()
@@ -59,28 +76,23 @@ class Patience(CilTrainer):
                 held.append(rows[:min(share, len(rows) - 1)])
             held = np.isin(np.arange(len(new_data)), np.concatenate(held))
             self.validation = [*self.validation, new_data.select(held)]
-            new_data.x, new_data.y = new_data.x[~held], new_data.y[~held]
+            vars(new_data).update(vars(new_data.select(~held)))
         super().expand_model(nb_new, new_data)
 
-    def fit(self, train_set, parameters, num_epochs, lr):
-        """The template's `fit` with another schedule: up to num_epochs, fewer if all is learned."""
-        if not self.args.patience:
-            return super().fit(train_set, parameters, num_epochs, lr)
-        loader = utils.train_loader(train_set, self.args)
-        optimizer = torch.optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay)
-        scheduler = BestWeights(optimizer, factor=1 / self.args.lr_factor, threshold=0, eps=0,
-                                patience=self.args.patience - 1)
-        self.parallel_model = utils.distribute(self.model, self.args)
-        for self.epoch in self.run.epochs(self, loader, optimizer, scheduler, num_epochs):
-            if scheduler.get_last_lr()[0] < min(self.args.lr_min, lr):
-                continue  # learned; no break, since the generator has work to do at its end
-            averages = self.train_epoch(loader, optimizer)
+    def make_optimizer(self, parameters, num_epochs, lr):
+        """Without --patience the template's schedule."""
+        optimizer, scheduler = super().make_optimizer(parameters, num_epochs, lr)
+        if self.args.patience:
+            scheduler = BestWeights(optimizer, self, num_epochs)
+        return optimizer, scheduler
+
+    def train_epoch(self, loader, optimizer):
+        """One pass, then a look at the validation images."""
+        averages = super().train_epoch(loader, optimizer)
+        if self.args.patience:
             utils.average_batchnorm(self.model, self.args)
-            averages["validation_loss"] = validation_loss(self)
-            scheduler.step(averages["validation_loss"], self.model)
-            self.run.end_epoch(self, averages, optimizer, scheduler)
-        if scheduler.weights:  # none if the whole fit was over before a resume
-            self.model.load_state_dict(scheduler.weights)
+            averages["validation_loss"] = self.validation_loss = validation_loss(self)
+        return averages
 
 
 def add_arguments(parser):

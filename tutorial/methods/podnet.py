@@ -134,4 +134,7 @@ def get_parser():
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args(), PODNet)
+    args = get_parser().parse_args()
+    if args.compile:
+        utils.fail("--compile: this method asks the network for its feature maps, so leave it out")
+    main(args, PODNet)

@@ -32,11 +32,11 @@ def train(args, num_steps=200, groups=32):
     # The seed and the machine are those of the run; its data and augmentations are not.
     own = argparse.Namespace(**{**vars(utils.get_parser().parse_args([])), "seed": args.seed})
     own.input_size, own.aa = CONFIG["vision_cfg"]["image_size"], "none"
-    utils.set_seed(args.seed)
+    utils.set_seed(args)
     clip = open_clip.CLIP(**CONFIG)
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
     (x, y), _ = utils.load_digits()
-    images = utils.ImageSet((x, y), own)
+    images = utils.ImageSet(x, y, own)
     rows = [np.flatnonzero(y == digit) for digit in KNOWN]
     tokens = tokenizer([caption.format(clip_towers.DIGITS[digit])
                         for caption in CAPTIONS for digit in KNOWN])
@@ -92,6 +92,6 @@ if __name__ == "__main__":
     args = get_parser().parse_args()
     if args.file.exists():
         utils.fail(f"{args.file} is there already: name another file")
-    utils.setup(args)
+    args = utils.setup(args)
     args.file.parent.mkdir(parents=True, exist_ok=True)
     utils.write_tensors(args.file, train(args, args.num_steps).state_dict())
