@@ -14,9 +14,11 @@ import fnmatch
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import re
 import runpy
+import signal
 import statistics
 import sys
 import tempfile
@@ -31,7 +33,8 @@ TEN, ONE = range(10), range(1)
 CIFAR = "--data_set cifar100 --amp bf16"
 TINY = "--lr 0.002 --visual tiny"
 # The groups of runs: name -> (program, flags, seeds). A program is template.py, a file of
-# tutorial/methods without its .py, or a changed template.
+# tutorial/methods without its .py, or a changed template. A new group needs a line here, and its
+# runs are made with --record.
 GROUPS = {
     "cifar100_aanets_lucir": ("aanets", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_bal_ft_all_growing": ("bal_ft", f"{CIFAR} --num_epochs 20 --patience 0", ONE),
@@ -121,6 +124,7 @@ CONTEXT.set_forkserver_preload(["template"])
 
 
 def fail(message):
+    """End with one line on stderr and exit code 2."""
     import utils  # takes seconds, and neither the list nor the tables need it
     utils.fail(message)
 
@@ -181,8 +185,9 @@ def compare(old, new):
         return f"differs: {len(new)} tasks, recorded are {len(old)}"
     cells = [f"({t}, {u}) {a:.2f} -> {b:.2f}" for t, rows in enumerate(zip(old, new), 1)
              for u, (a, b) in enumerate(zip(*rows), 1) if abs(a - b) > 1e-3]  # some are rounded
-    return f"differs in {len(cells)} of {sum(map(len, old))} cells: {', '.join(cells)}" if cells \
-        else "equal"
+    if cells:
+        return f"differs in {len(cells)} of {sum(map(len, old))} cells: {', '.join(cells)}"
+    return "equal"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,14 +227,15 @@ def changed_template(program):
 def end_with_parent():
     """End this process when the one that started it is gone, however that ended."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def child(program, arguments, folder, output):
     """What `python PROGRAM ARGUMENTS` does, in a process of its own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # at once, but with what exits clean up
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.chdir(folder)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     import torch
@@ -251,8 +257,10 @@ def start(name, seed, given, copies):
     arguments = [*flags.split(), f"--seed={seed}", f"--output_dir={RUNS}/{name}_seed{seed}",
                  "--resume", "--no_plots", f"--data_path={given.data_path}",
                  f"--device={given.device}"]
+    output = RUNS / f"{name}_seed{seed}.txt"
+    output.write_text("")
     process = CONTEXT.Process(target=child, args=(
-        str(program), arguments, os.getcwd(), f"{RUNS}/{name}_seed{seed}.txt"))
+        str(program), arguments, os.getcwd(), str(output)))
     process.start()
     return process
 
@@ -268,8 +276,8 @@ def settle(name, seed, given):
     """Compare a finished run with the recorded one, and record it if asked to. Returns a text."""
     results = result(name, seed)
     if results is None:
-        said = (RUNS / f"{name}_seed{seed}.txt").read_text(errors="replace").split("\n")
-        return "FAILED: " + ([line for line in said if line.strip()] or ["no output"])[-1]
+        said = (RUNS / f"{name}_seed{seed}.txt").read_text(errors="replace").strip()
+        return f"FAILED: {(said or 'no output').splitlines()[-1]}"
     text = compare(recorded(name, seed), results)
     if given.record:
         record(name, seed, results)
@@ -343,6 +351,10 @@ def main():
     for name, seed in [job for job in jobs if job not in todo]:
         print(f"{name} seed {seed}: finished before, {settle(name, seed, given)}")
     os.environ["OMP_NUM_THREADS"] = "1"  # of each run
+    if FORKS:  # neither the server nor its forks hear Ctrl-C: it is this process that ends them
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        multiprocessing.forkserver.ensure_running()
+        signal.signal(signal.SIGINT, heard)
     with tempfile.TemporaryDirectory() as folder:
         copies = Path(folder)  # the runs of a changed template go by the name of its file
         for program in CHANGED.keys() & {GROUPS[name][0] for name, _ in todo}:
