@@ -7,11 +7,17 @@ import ast
 import doctest
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -19,17 +25,14 @@ from conftest import ROOT, SHORT, run_file
 from PIL import Image
 
 import utils
-from tutorial.tools import figures
+from tutorial.tools import figures, reproduce, tables
+from tutorial.tools.reproduce import GROUPS, apply, blocks
 
-TEXTS = figures.TEXTS
+TEXTS = tables.TEXTS
 CHAPTERS = sorted((ROOT / "tutorial").glob("[0-9]*.md"))
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "tutorial").rglob("*.py")]
 LAUNCHER = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
             "--max-restarts", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
-
-
-def blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
 
 
 # ---- the rules -----------------------------------------------------------------------------
@@ -134,16 +137,16 @@ def links(text, path):
                 yield f"no {name} in {target}"
 
 
-def tables(text, path):
-    """Every table and number that comes from a file is the one that figures.py writes."""
+def filled(text, path):
+    """Every table and number that comes from a file is the one that tables.py writes."""
     try:
-        if figures.fill(text) != text:
-            yield "python -m tutorial.tools.figures would change it"
-    except (KeyError, ValueError, IndexError) as error:
+        if tables.fill(text) != text:
+            yield "python -m tutorial.tools.tables would change it"
+    except (KeyError, ValueError, IndexError, OSError) as error:
         yield f"cannot be filled in: {error!r}"
     marks = re.findall(r"<!-- (?:table|value) .*? -->", text)
-    filled = re.findall(r"<!-- table \w+ -->\n\| |<!-- value \S+ \S+ -->\d", text)
-    if len(filled) != len(marks):
+    done = re.findall(r"<!-- table \w+ -->\n\| |<!-- value \S+ \S+ -->\d", text)
+    if len(done) != len(marks):
         yield "a table or a value is empty or badly marked"
     if re.search(r"(?m)^ *<!-- value", text):
         yield "a value begins a line: Markdown would end the paragraph there"
@@ -169,7 +172,7 @@ def equations(text, path):
             yield f"${inside}$ needs $`...`$"
 
 
-RULES = [excerpts, demos, commands, flags, links, tables, spread, equations]
+RULES = [excerpts, demos, commands, flags, links, filled, spread, equations]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -190,17 +193,20 @@ BROKEN = {
                "```bash\npyhton template.py\n```\n",
                "```bash\npython -m tutorial.tools.measure speed --lr 0.1\n```\n",
                "```bash\npython -m tutorial.tools.grow --model x --increment -3\n```\n",
-               "```bash\npython -m tutorial.tools.figures --no_such_flag\n```\n",
+               "```bash\npython -m tutorial.tools.figures --seeds runs/x\n```\n",
+               "```bash\npython -m tutorial.tools.reproduce digits_wa --processes 2\n```\n",
+               "```bash\npython -m tutorial.methods.wa_variants\n```\n",
                "```bash\nfor seed in 0 1; do python template.py --seeds $seed; done\n```\n"],
     flags: ["use `--no_such_flag` for that"],
     links: ["[x](no_such_file.md)", "[`CilModel.no_such_method`](../template.py)",
             "![](img/stages.png)", "![x](img/no_such_picture.png)"],
-    tables: ["<!-- table digits -->\n| 99.9 |\n<!-- end -->\n", "<!-- table no_such -->\n<!-- end -->\n",
+    filled: ["<!-- table digits -->\n| 99.9 |\n<!-- end -->\n", "<!-- table no_such -->\n<!-- end -->\n",
              "<!-- table digits -->\n<!-- end -->\n",
-             "<!-- value digits_wa_seed* last_accuracy -->12.3<!-- end -->",
-             f"WA:\n{figures.fill('<!-- value digits_wa_seed* last_accuracy -->0.0<!-- end -->')}",
-             "<!-- value digits_wa_seed* last_accuracy --><!-- end -->",
-             "<!-- value digits_wa_seed* no_such_key -->12.3<!-- end -->"],
+             "<!-- value digits_wa last_accuracy -->12.3<!-- end -->",
+             f"WA:\n{tables.fill('<!-- value digits_wa last_accuracy -->0.0<!-- end -->')}",
+             "<!-- value digits_wa last_accuracy --><!-- end -->",
+             "<!-- value digits_wa no_such_key -->12.3<!-- end -->",
+             "<!-- value no_such_group last_accuracy -->12.3<!-- end -->"],
     spread: ["WA reaches 99.9 ± 0.1."],
     equations: ["one $ only", r"$`\operatorname{argmax}`$", "$$x$$", r"$\theta$", "$w_c$"],
 }
@@ -235,7 +241,6 @@ def test_chapters_of_methods_have_the_fixed_headings():
 
 def test_every_picture_is_drawn_from_the_files_and_used(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
-    monkeypatch.setattr(figures, "TEXTS", [])
     monkeypatch.setattr("sys.argv", ["figures"])
     figures.main()
     drawn = {path.name for path in tmp_path.iterdir()}
@@ -249,25 +254,24 @@ def test_every_picture_is_drawn_from_the_files_and_used(tmp_path, monkeypatch):
                 assert np.array_equal(np.asarray(new), np.asarray(old)), path.name
 
 
-def test_the_commands_of_the_runs_give_the_arguments_of_their_files():
-    rows = re.findall(r"^\| `(\S+)` \| `((?:template\.py|-m tutorial\.\w+)) ?([^`]*)` \|", figures.runs(), re.M)
-    assert {program for _, program, _ in rows} == set(figures.PROGRAMS.values())
-    for name, program, flags in rows:
-        args = figures.parser_of(program).parse_args(flags.split())
+# Arguments that say where and how a run was made, or what ALTA found there.
+OF_THE_MACHINE = {"data_path", "num_workers", "output_dir", "plots", "device", "clip", "clip_weights"}
+
+
+def test_every_group_is_in_the_list_and_its_command_gives_the_arguments_of_its_runs():
+    assert {path.stem for path in reproduce.RESULTS.glob("*.jsonl")} == set(GROUPS)
+    for name, (program, flags, seeds) in GROUPS.items():
+        own = not program.endswith(".py")
+        module = importlib.import_module(f"tutorial.methods.{program}") if own else utils
+        args = module.get_parser().parse_args(flags.split())
         utils.fill_in(args)
-        for run in figures.load(f"{name}_seed*"):
+        runs = reproduce.load(name)
+        assert [run["args"]["seed"] for run in runs] == list(seeds), name
+        for run in runs:
             wrong = {key for key, value in run["args"].items() if value != getattr(args, key, None)}
-            assert wrong <= {"seed", *figures.OF_THE_MACHINE}, name
-
-
-def test_every_group_of_runs_on_digits_has_ten_finished_seeds():
-    groups = {}
-    for path in (ROOT / "tutorial/results").glob("digits_*_seed*.json"):
-        name, seed = path.stem.rsplit("_seed", 1)
-        run = json.loads(path.read_text())
-        assert run["finished"] and run["args"]["seed"] == int(seed), path.name
-        groups.setdefault(name, set()).add(int(seed))
-    assert groups and all(seeds == set(range(10)) for seeds in groups.values()), groups
+            assert run["finished"] and wrong <= {"seed", *OF_THE_MACHINE}, name
+            if not own:
+                assert run["method"] == ("WA" if program == "template.py" else program[:-3]), name
 
 
 def test_pictures_with_data(tmp_path, image_folder):
@@ -278,7 +282,7 @@ def test_pictures_with_data(tmp_path, image_folder):
 
 
 def test_results_files_tell_nothing_about_a_machine():
-    for path in (ROOT / "tutorial/results").glob("*.json"):
+    for path in (ROOT / "tutorial/results").glob("*.json*"):
         assert not re.search(r'"(/|[A-Z]:\\)', path.read_text()), path.name
 
 
@@ -288,42 +292,122 @@ def test_mean_over_seeds_on_the_command_line(tmp_path, monkeypatch, capsys):
         (tmp_path / f"run{seed}/results.json").write_text(json.dumps({
             "method": "mine", "average_incremental_accuracy": average, "last_accuracy": 80,
             "forgetting": 5}))
-    monkeypatch.setattr("sys.argv", ["figures", "--seeds", *map(str, tmp_path.iterdir())])
-    figures.main()
+    monkeypatch.setattr("sys.argv", ["tables", "--seeds", *map(str, tmp_path.iterdir())])
+    tables.main()
     assert "| mine | 91.0 ± 1.4 | 80.0 ± 0.0 | 5.0 ± 0.0 |" in capsys.readouterr().out
+
+
+# ---- making the runs again -------------------------------------------------------------------
+
+@pytest.fixture
+def again(tmp_path, monkeypatch, capsys):
+    """again(arguments…): what the command says and its exit code, with short groups of runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    for name, program, flags in (("small", "template.py", ""), ("changed", "balanced.py", "--no_align"),
+                                 ("stopped", "template.py", "--stop_after_task=1"),
+                                 ("bad", "template.py", "--batch_size=9999")):
+        monkeypatch.setitem(GROUPS, name, (program, f"{' '.join(SHORT)} {flags}", range(2)))
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["reproduce", *arguments])
+        with pytest.raises(SystemExit) as end:
+            reproduce.main()
+            raise SystemExit(0)
+        return end.value.code, capsys.readouterr()
+    return run
+
+
+def test_the_list_names_every_run(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["reproduce"])
+    reproduce.main()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(GROUPS)
+    line = next(line for line in lines if line.startswith("digits_replay_kd "))
+    assert re.search(r"  0 to 9 .*  python template.py --no_align$", line)
+    assert all(line.split(" python ")[0].split()[-1] == "1" for line in lines if line.startswith("cifar100"))
+
+
+def test_runs_are_made_recorded_and_compared(again, tmp_path):
+    code, said = again("changed", "--seeds", "1", "--record")
+    assert code == 0 and re.match(r"1/1 changed seed 1: new, \d.*, recorded \(0 min left\)\n", said.out)
+    code, said = again("chang*", "--jobs", "2", "--record")
+    assert "changed seed 1: finished before, equal, recorded\n1/1 changed seed 0: new" in said.out
+    runs = reproduce.load("changed")
+    assert [run["args"]["seed"] for run in runs] == [0, 1]
+    assert all(run["method"] == "balanced" and run["args"]["output_dir"] is None for run in runs)
+    assert not re.search(r'"(/|[A-Z]:\\)', (tmp_path / "changed.jsonl").read_text())
+    old = runs[0]["accuracy_matrix"][1][0]
+    runs[0]["accuracy_matrix"][1][0] = 12.5
+    (tmp_path / "changed.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    code, said = again("changed")
+    assert f"seed 0: finished before, differs in 1 of 6 cells: (2, 1) 12.50 -> {old:.2f}\n" in said.out
+    assert "seed 1: finished before, equal\n" in said.out
+
+
+def test_an_unfinished_run_is_continued(again, tmp_path, monkeypatch):
+    assert "stopped seed 0: FAILED" in again("stopped", "--seeds", "0")[1].out  # it is not finished
+    log = tmp_path / "runs/reproduce/stopped_seed0/log.jsonl"
+    before = log.read_text().splitlines()
+    monkeypatch.setitem(GROUPS, "stopped", GROUPS["small"])
+    code, said = again("stopped", "--seeds", "0")
+    assert code == 0 and "new, " in said.out
+    assert log.read_text().splitlines()[:len(before)] == before and len(before) == 2  # with seconds
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(again):
+    code, said = again("bad", "small", "--seeds", "0")
+    assert code == "1 of 2 runs failed: their output is in runs/reproduce/*.txt"
+    assert "bad seed 0: FAILED: error: --batch_size 9999" in said.out and "small seed 0: new" in said.out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["no_such*"], "no_such* is no group"), (["small", "--jobs=0"], "--jobs 0"),
+    (["small", "--seeds", "x"], "invalid int value"), (["small", "--processes=2"], "--processes")])
+def test_a_bad_name_or_flag_is_one_line(again, arguments, message):
+    code, said = again(*arguments)
+    assert code == 2 and re.fullmatch("error: .*\n", said.err) and message in said.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ctrl_c_or_a_kill_leaves_no_run_behind(tmp_path, number):
+    command = subprocess.Popen([sys.executable, "-m", "tutorial.tools.reproduce", "digits_finetune",
+                                "--seeds=0"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    run = tmp_path / "runs/reproduce/digits_finetune_seed0"
+    try:
+        while not (run / "checkpoint.pt").exists():
+            assert command.poll() is None
+            time.sleep(0.1)
+        if number == signal.SIGINT:  # the keyboard's goes to the children, too
+            os.killpg(command.pid, number)
+            assert command.stderr.readline() == "stopped: the same command goes on from here\n"
+    finally:
+        command.kill()
+    assert command.stderr.read() == ""  # until the last process that may write there is gone
+    filelock.FileLock(run / ".lock").acquire(timeout=5)  # the run held it
 
 
 # ---- the programs of the tutorial -----------------------------------------------------------
 
-def apply(diff, source):
-    """The source with a diff block applied; its context and `-` lines must occur exactly once."""
-    lines = diff.splitlines()
-    before = "".join(line[1:] + "\n" for line in lines if line[0] in " -")
-    after = "".join(line[1:] + "\n" for line in lines if line[0] in " +")
-    assert source.count(before) == 1, before
-    return source.replace(before, after)
-
-
-@pytest.mark.parametrize("heading, extra", [
-    ("### 1.", ["--no_align"]), ("### 2.", []), ("### 3.", ["--backbone=tinynet"])])
-def test_the_changes_of_chapter_12_run(tmp_path, launch, heading, extra):
-    text = next(path for path in CHAPTERS if path.name.startswith("12")).read_text()
-    section = next(part for part in re.split(r"(?m)^(?=##)", text) if part.startswith(heading))
-    source = (ROOT / "template.py").read_text()
-    for diff in blocks(section, "diff"):
-        source = apply(diff, source)
+@pytest.mark.parametrize("name", [name for name in GROUPS if GROUPS[name][0] in reproduce.CHANGED])
+def test_the_changes_of_chapter_12_run(tmp_path, launch, name):
+    program, flags, _ = GROUPS[name]
+    source = reproduce.changed_template(program)
     assert source != (ROOT / "template.py").read_text()
-    (tmp_path / "mine.py").write_text(source)
-    started = launch(function=run_file, arguments=(tmp_path, "mine.py", [
-        *SHORT, *extra, "--output_dir=out"]), processes=2)
+    (tmp_path / program).write_text(source)
+    started = launch(function=run_file, arguments=(tmp_path, program, [
+        *SHORT, *flags.split(), "--output_dir=out"]), processes=2)
     assert started.wait() == [0, 0], started.stderr()
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["method"] == "mine" and results["finished"] and len(results["acc1s"]) == 3
+    assert f"{results['method']}.py" == program
+    assert results["finished"] and len(results["acc1s"]) == 3
 
 
-def test_a_copy_is_wrong_if_a_diff_does_not_fit():
-    with pytest.raises(AssertionError):
+def test_a_diff_that_does_not_fit_is_one_line(capsys):
+    with pytest.raises(SystemExit):
         apply("-        no such line\n+        x\n", (ROOT / "template.py").read_text())
+    assert re.fullmatch("error: .* does not fit .*\n", capsys.readouterr().err)
 
 
 def test_feature_kd_runs_and_its_loss_is_its_formula(tmp_path, launch):
@@ -467,9 +551,10 @@ def test_measurements_of_a_run(small_run, tmp_path, monkeypatch):
         assert row["different_images"]["1"] == 4 and union == pytest.approx(8 - 4 * row["shared_by_two"])
 
 
-def test_the_variants_of_measure_do_what_they_say(tmp_path, launch):
-    from tutorial.tools.measure import TSquaredWA
-    started = launch(function=run_clipped, arguments=([*SHORT, "--output_dir=out"],))
+def test_the_variants_of_wa_do_what_they_say(tmp_path, launch):
+    from tutorial.methods.wa_variants import TSquaredWA
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.methods.wa_variants", [
+        *SHORT, "--variant=clipped", "--output_dir=out"]))
     assert started.wait() == [0], started.stderr()
     weights = torch.load(tmp_path / "out/model.pt", weights_only=True)["state_dict"]
     heads = [weight for name, weight in weights.items() if "heads" in name and "weight" in name]
@@ -492,9 +577,3 @@ def test_the_variants_of_measure_do_what_they_say(tmp_path, launch):
     with torch.no_grad():
         expected = (1 - fixed) * ce + 9 * (plain - (1 - fixed) * ce)
         assert float(squared) == pytest.approx(float(expected), rel=1e-4)
-
-
-def run_clipped(flags):
-    from tutorial.tools.measure import ClippedWA
-    from template import main
-    main(utils.get_parser().parse_args(flags), ClippedWA)

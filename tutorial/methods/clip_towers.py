@@ -8,23 +8,16 @@ import warnings
 
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import utils
+from tutorial.methods import tiny_clip
+from tutorial.methods.tiny_clip import DIGITS, import_open_clip
 
 # The image towers of ALTA and the side of their square images, in pixels.
 VISUALS = {"tiny": 8, "RN50": 224, "RN101": 224, "RN50x4": 288, "RN50x16": 384, "ViT-B/32": 224,
            "ViT-B/16": 224}
-DIGITS = "zero one two three four five six seven eight nine".split()
-
-
-def import_open_clip():
-    try:
-        import open_clip
-    except Exception as error:  # torchvision for another torch: RuntimeError, not ImportError
-        utils.fail(f"this method needs open_clip ({type(error).__name__}: {str(error)[:100]}): "
-                   "pip install open_clip_torch")
-    return open_clip
 
 
 def readable(names):
@@ -106,8 +99,7 @@ def load(args):
     where there is neither network nor file, or where the file is another model's."""
     open_clip = import_open_clip()
     if args.visual == "tiny":
-        from tutorial.methods import tiny_clip
-        return tiny_clip.load(args)
+        return ClipTowers(load_tiny(args), args, *utils.STATISTICS["digits"][:2])
     name = f"{args.visual.replace('/', '-')}-quickgelu"  # without it: other activations, silently
     make = functools.partial(open_clip.create_model, name, precision="fp32")
     logging.disable(logging.ERROR)  # what goes wrong is said once, below
@@ -119,6 +111,24 @@ def load(args):
         utils.fail(f"--visual {args.visual} --clip_weights {args.clip_weights}: {problem}; "
                    "without a network pass a file of OpenAI's weights, or --visual tiny")
     return ClipTowers(clip, args, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+def load_tiny(args):
+    """The tiny CLIP: out of the file --clip_weights, or trained now by rank 0, for all."""
+    clip = import_open_clip().CLIP(**tiny_clip.CONFIG)
+    if args.clip_weights != "openai":
+        try:
+            clip.load_state_dict(torch.load(args.clip_weights, weights_only=True))
+        except Exception as error:
+            utils.fail(f"--clip_weights {args.clip_weights}: not written by "
+                       f"tutorial.methods.tiny_clip ({type(error).__name__})")
+    elif args.rank == 0:
+        clip = tiny_clip.train(args)
+    clip.to(args.device)
+    if args.distributed:
+        for tensor in clip.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    return clip
 
 
 def read(make, weights):

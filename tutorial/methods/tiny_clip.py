@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import utils
-from tutorial.methods import clip_towers
 
+DIGITS = "zero one two three four five six seven eight nine".split()
 CONFIG = dict(
     embed_dim=128, quick_gelu=True,
     vision_cfg=dict(image_size=8, patch_size=2, width=64, layers=2, head_width=16),
@@ -22,13 +21,22 @@ KNOWN = [0, 2, 4, 6, 8]  # the classes that it has seen: each task of two digits
 CAPTIONS = ["{}", "a {}", "a photo of a {}", "a photo of a {}.", "a scan of the digit {}"]
 
 
+def import_open_clip():
+    try:
+        import open_clip
+    except Exception as error:  # torchvision for another torch: RuntimeError, not ImportError
+        utils.fail(f"this method needs open_clip ({type(error).__name__}: {str(error)[:100]}): "
+                   "pip install open_clip_torch")
+    return open_clip
+
+
 def train(args, num_steps=200, groups=32):
     """Contrastive training (Radford et al., 2021, arXiv 2103.00020) on images of the even digits.
 
     A step takes `groups` groups of one image per known digit. In a group each image must find its
     caption among the captions, and each caption its image: a cross-entropy in both directions.
     """
-    open_clip = clip_towers.import_open_clip()
+    open_clip = import_open_clip()
     # The seed and the machine are those of the run; its data and augmentations are not.
     own = argparse.Namespace(**{**vars(utils.get_parser().parse_args([])), "seed": args.seed})
     own.input_size, own.aa = CONFIG["vision_cfg"]["image_size"], "none"
@@ -38,8 +46,7 @@ def train(args, num_steps=200, groups=32):
     (x, y), _ = utils.load_digits()
     images = utils.ImageSet(x, y, own)
     rows = [np.flatnonzero(y == digit) for digit in KNOWN]
-    tokens = tokenizer([caption.format(clip_towers.DIGITS[digit])
-                        for caption in CAPTIONS for digit in KNOWN])
+    tokens = tokenizer([caption.format(DIGITS[digit]) for caption in CAPTIONS for digit in KNOWN])
     optimizer = torch.optim.AdamW(clip.parameters(), 1e-3, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, num_steps)
     match = torch.arange(len(KNOWN)).repeat(groups)
@@ -61,24 +68,6 @@ def train(args, num_steps=200, groups=32):
         with torch.no_grad():
             clip.logit_scale.clamp_(max=float(np.log(100)))  # as in the paper
     return clip
-
-
-def load(args):
-    """Its towers: out of the file --clip_weights, or trained now by rank 0, for all."""
-    clip = clip_towers.import_open_clip().CLIP(**CONFIG)
-    if args.clip_weights != "openai":
-        try:
-            clip.load_state_dict(torch.load(args.clip_weights, weights_only=True))
-        except Exception as error:
-            utils.fail(f"--clip_weights {args.clip_weights}: not written by tutorial.methods.tiny_clip "
-                       f"({type(error).__name__})")
-    elif args.rank == 0:
-        clip = train(args)
-    clip.to(args.device)
-    if args.distributed:
-        for tensor in clip.state_dict().values():
-            dist.broadcast(tensor, src=0)
-    return clip_towers.ClipTowers(clip, args, *utils.STATISTICS["digits"][:2])
 
 
 def get_parser():

@@ -1,17 +1,11 @@
-"""Draws tutorial/img/ and fills in every table of the texts, from tutorial/results/*.json alone.
+"""Draws tutorial/img/ from tutorial/results/ alone.
 
-    python -m tutorial.tools.figures                            # all pictures but two, all tables
+    python -m tutorial.tools.figures                            # all pictures but two
     python -m tutorial.tools.figures --data_path DIR            # and the two that show CIFAR-100 images
-    python -m tutorial.tools.figures --seeds runs/mine_seed*    # mean ± std of runs of your own
 
-A table stands between <!-- table NAME --> and <!-- end -->, a single number between
-<!-- value FILES KEY --> and <!-- end -->. The tests fill all of them in again and compare, so no
-number in a text can differ from its file. DIR is CIFAR-100 as a folder of images.
+DIR is CIFAR-100 as a folder of images.
 """
 import argparse
-import importlib
-import json
-import re
 from pathlib import Path
 
 import matplotlib
@@ -19,448 +13,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tutorial.tools.reproduce import ROOT, load
+from tutorial.tools.tables import (
+    ABLATION, BLUE, CIFAR_MEMORIES, CIFAR_METHODS, GREEN, GREY, LOSSES, MEMORIES, ORANGE, PINK, RED,
+    measured, poster)
+
 IMAGES = ROOT / "tutorial/img"
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "tutorial").rglob("*.md"))]
 matplotlib.rcParams.update({
     "font.size": 11, "figure.facecolor": "white", "axes.grid": True, "grid.alpha": 0.3,
     "axes.axisbelow": True, "savefig.dpi": 110})
-GREY, RED, BLUE, PINK, GREEN, ORANGE = (
-    "#777777", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00")  # told apart by everyone
-
-# WA's ablations: file name, label, flags on top of the defaults, colour.
-ABLATION = [("finetune", "finetune", "--memory_size 0 --lambda_kd 0 --no_align", GREY),
-            ("replay", "replay", "--lambda_kd 0 --no_align", RED),
-            ("replay_kd", "replay + KD", "--no_align", BLUE),
-            ("replay_align", "replay + alignment", "--lambda_kd 0", PINK),
-            ("wa", "WA: replay + KD + alignment", "", GREEN)]
-SUMMARY = [("average_incremental_accuracy", "average incremental accuracy (%)"),
-           ("last_accuracy", "last (%)"), ("forgetting", "forgetting (points)")]
-
-
-def load(pattern):
-    """The results files that match, as a list of dictionaries in the order of their names."""
-    files = sorted((ROOT / "tutorial/results").glob(f"{pattern}.json"))
-    return [json.loads(path.read_text()) for path in files]
-
-
-# ---------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------
-
-def table(head, rows, left=1):
-    """A markdown table; the first `left` columns are text, the others numbers."""
-    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def mean_std(values):
-    """95.3 ± 1.2 over several runs (n - 1 in the standard deviation), 95.3 of one."""
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
-
-
-def summary(label, runs):
-    return [*label, *(mean_std([run[key] for run in runs]) for key, _ in SUMMARY)]
-
-
-def summary_table(rows, head=("method", "flags"), above=()):
-    """A row for each (label, flags, files): mean ± standard deviation over the seeds. above: rows
-    that are ready, to stand before them."""
-    lines = [summary((label, f"`{flags}`" if flags else "none"), load(files))
-             for label, flags, files in rows]
-    return table([*head, *(title for _, title in SUMMARY)], [*above, *lines], left=2)
-
-
-def digits():
-    return summary_table([(label, flags, f"digits_{name}_seed*") for name, label, flags, _ in ABLATION])
-
-
-def memory():
-    return summary_table([
-        ("herding", "", "digits_wa_seed*"),
-        ("nearest to the class mean", "--herding_method cluster", "digits_cluster_seed*"),
-        ("random", "--herding_method random", "digits_random_seed*"),
-        ("least certain", "--herding_method entropy", "digits_entropy_seed*"),
-        ("herding, fixed memory", "--fixed_memory", "digits_fixed_seed*")], ("exemplars", "flags"))
-
-
-def distillation():
-    return summary_table([
-        ("no KD", "--lambda_kd 0", "digits_replay_align_seed*"),
-        ("λ = 0.4", "", "digits_wa_seed*"),
-        ("λ = 0.4, times T² = 4", "", "digits_t2_seed*"),
-        ("dynamic λ", "--lambda_kd dynamic", "digits_dynamic_seed*")], ("distillation", "flags"))
-
-
-def clipping():
-    return summary_table([("WA", "", "digits_wa_seed*"),
-                          ("WA, weights clipped at 0", "", "digits_clipped_seed*")])
-
-
-def ideas():
-    return summary_table([
-        ("WA, `template.py` as it is", "", "digits_wa_seed*"),
-        ("1. balanced softmax, no alignment", "--no_align", "digits_balanced_seed*"),
-        ("2. the hardest exemplars", "", "digits_hardest_seed*"),
-        ("3. three convolutions", "--backbone tinynet", "digits_tiny_seed*"),
-        ("`feature_kd.py`", "--feature_weight 1", "digits_feature_seed*")], ("idea", "flags"))
-
-
-def cifar100():
-    """Accuracy after each task on CIFAR-100, a row for each method, with WA's gammas below."""
-    runs = [(label, load(f"cifar100_{name}_seed0")) for name, label, _, _ in ABLATION]
-    runs = [(label, found[0]) for label, found in runs if found]
-    rows = []
-    for label, run in runs:
-        rows.append([label, *[f"{a:.1f}" for a in run["acc1s"]],
-                     f"{run['average_incremental_accuracy']:.1f}"])
-        if run["gammas"]:
-            rows.append([f"γ of {label.split(':')[0]}", "", *[f"{g:.2f}" for g in run["gammas"]], ""])
-    classes = np.cumsum(runs[0][1]["increments"])
-    return table(["method", *[f"{n} classes" for n in classes], "average"], rows)
-
-
-def matrix():
-    """The accuracy matrix of one run."""
-    run, = load("digits_wa_seed0")
-    tasks = range(len(run["increments"]))
-    rows = [[f"after task {t + 1}", *[f"{a:.1f}" for a in row], *[""] * (len(tasks) - t - 1),
-             f"{run['acc1s'][t]:.1f}"] for t, row in enumerate(run["accuracy_matrix"])]
-    return table(["", *[f"images of task {u + 1}" for u in tasks], "all"], rows)
-
-
-def two_averages():
-    """Averages with and without the first task: of the WA paper, and of our runs."""
-    curves = [(f"{row['method']}, {row['protocol']}", row["acc1s"])
-              for row in load("published")[0]["rows"] if "acc1s" in row]
-    curves += [("WA (here, 20 epochs a task), base 50, increment 10", run["acc1s"])
-               for run in load("cifar100_wa_seed0")]
-    return table(["method, protocol", "accuracy after each task", "average", "without the first"], [
-        [name, ", ".join(f"{a:.1f}" for a in acc1s), f"{np.mean(acc1s):.1f}",
-         f"{np.mean(acc1s[1:]):.1f}"] for name, acc1s in curves], left=2)
-
-
-def awareness():
-    """The last row of both matrices: is a class found among all, or among its own task's?"""
-    rows = []
-    for name, label, _, _ in ABLATION:
-        runs = load(f"digits_{name}_seed*")
-        agnostic = [run["accuracy_matrix"][-1] for run in runs]
-        aware = [run["task_aware_matrix"][-1] for run in runs]
-        rows.append([label, *(mean_std([np.mean(row) for row in kind]) for kind in (agnostic, aware))])
-    return table(["method", "task-agnostic (%)", "task-aware (%)"], rows)
-
-
-def published():
-    """The numbers of others beside ours, each with its schedule."""
-    rows = [[row["method"], row["protocol"], row["source"], row.get("average", ""), row["last"]]
-            for row in load("published")[0]["rows"]]
-    for name, label, _, _ in ABLATION:
-        for run in load(f"cifar100_{name}_seed0"):
-            rows.append([label.split(":")[0], "base 50, increment 10", f"here, {run['args']['num_epochs']} "
-                         "epochs a task, no RandAugment", f"{run['average_incremental_accuracy']:.1f}",
-                         f"{run['last_accuracy']:.1f}"])
-    rows.sort(key=lambda row: (row[1], row[0]))
-    return table(["method", "protocol", "source", "average (%)", "last (%)"], rows, left=3)
-
-
-# The program of each method that has one; further runs change the template.
-PROGRAMS = {"WA": "template.py", "ICaRL": "-m tutorial.methods.icarl", "LUCIR": "-m tutorial.methods.lucir",
-            "PODNet": "-m tutorial.methods.podnet", "LUCIR+AANets": "-m tutorial.methods.aanets", "BalFT": "-m tutorial.methods.bal_ft",
-            "BalJoint": "-m tutorial.methods.bal_ft", "ITAML": "-m tutorial.methods.itaml", "ALTA": "-m tutorial.methods.alta",
-            "FeatureKD": "-m tutorial.methods.feature_kd"}
-OF_THE_MACHINE = ("data_path", "num_workers", "output_dir", "plots", "device", "clip", "clip_weights")
-
-
-def parser_of(program):
-    """The parser of `template.py` (also of changed templates) or of `-m tutorial.NAME`."""
-    import utils
-    return (importlib.import_module(program[3:]) if program.startswith("-m ") else utils).get_parser()
-
-
-def runs():
-    """What was run: the program, its flags, the seeds, the minutes of one run."""
-    import utils
-    rows, groups = [], {}
-    for path in sorted((ROOT / "tutorial/results").glob("*_seed*.json")):
-        groups.setdefault(path.stem.rsplit("_seed", 1)[0], []).append(json.loads(path.read_text()))
-    for name, found in sorted(groups.items()):
-        args = {key: value for key, value in found[0]["args"].items() if key != "seed"}
-        # (A flag that came later is in the files of later seeds only.)
-        assert all(run["args"][key] == value for run in found for key, value in args.items()), name
-        program = PROGRAMS.get(found[0]["method"], "a changed `template.py`")
-        preset = parser_of(program).parse_args([f"--data_set={args['data_set']}"])
-        utils.fill_in(preset)
-        flags = [f"--data_set {args['data_set']}"] * (args["data_set"] != "digits")
-        for key, value in args.items():
-            if key in ("data_set", *OF_THE_MACHINE) or value == getattr(preset, key):
-                continue
-            text = " ".join(map(str, value)) if isinstance(value, list) else value
-            flags.append(f"--{key}" if value is True else f"--no-{key}" if value is False else f"--{key} {text}")
-        command = f"`{' '.join([program, *flags])}`" if program in PROGRAMS.values() else " ".join(
-            [program, *[f"`{flag}`" for flag in flags]])
-        seeds = [run["args"]["seed"] for run in found]
-        rows.append([f"`{name}`", command, f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else seeds[0],
-                     f"{np.median([run['seconds'] for run in found]) / 60:.1f}"])
-    return table(["files", "command", "seeds", "minutes"], rows, left=3)
-
-
-def methods():
-    """Every method on the digits; iCaRL has two answers."""
-    rows = [summary((label, f"`{command}`"), load(f"digits_{name}_seed*")) for label, command, name in (
-        ("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.methods.icarl", "icarl"),
-        ("LUCIR", "-m tutorial.methods.lucir", "lucir"), ("PODNet", "-m tutorial.methods.podnet", "podnet"),
-        ("LUCIR + AANets", "-m tutorial.methods.aanets", "aanets_lucir"),
-        ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"))]
-    found = [run["network_acc1s"] for run in load("digits_icarl_seed*")]
-    rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
-                    mean_std([accuracies[-1] for accuracies in found]), ""])
-    return table(["method", "command", *(title for _, title in SUMMARY)], rows, left=2)
-
-
-def aanets():
-    """The ablations of AANets on the digits."""
-    return summary_table([
-        ("LUCIR alone, chapter 15", "", "digits_lucir_seed*"),
-        ("one branch", "--branch_mode single --branch_1 free", "digits_aanets_single_seed*"),
-        ("two equal branches", "--branch_1 free --branch_2 free --fusion_lr 0", "digits_aanets_free_seed*"),
-        ("stable and plastic, α one half", "--fusion_lr 0", "digits_aanets_half_seed*"),
-        ("LUCIR + AANets: α learned", "", "digits_aanets_lucir_seed*")])
-
-
-# The methods on CIFAR-100: file name, label, colour.
-CIFAR_METHODS = [("wa", "WA", GREY), ("icarl", "iCaRL", PINK), ("lucir", "LUCIR", BLUE),
-                 ("podnet", "PODNet", ORANGE), ("aanets_lucir", "LUCIR + AANets", GREEN)]
-
-
-def cifar100_methods():
-    """Accuracy after each task; iCaRL has two answers."""
-    rows = []
-    for name, label, _ in CIFAR_METHODS:
-        run, = load(f"cifar100_{name}_seed0")
-        rows.append([label, *[f"{a:.1f}" for a in run["acc1s"]], f"{run['average_incremental_accuracy']:.1f}",
-                     f"{run['forgetting']:.1f}"])
-        if "network_acc1s" in run:
-            found = run["network_acc1s"]
-            rows.append([f"{label}, the network's own answer", *[f"{a:.1f}" for a in found],
-                         f"{np.mean(found):.1f}", ""])
-    return table(["method", *[f"{n} classes" for n in np.cumsum(run["increments"])], "average (%)",
-                  "forgetting (points)"], rows)
-
-
-def base_50():
-    """Published averages of the methods; N further tasks after a base of half of the classes."""
-    rows = []
-    for row in load("published")[0]["base_50"]:
-        numbers = [f"{a:.1f}" for key in ("cifar100", "imagenet100") for a in (*row[key], *[np.nan] * 3)[:3]]
-        rows.append([row["method"], *(number.replace("nan", "") for number in numbers), row["source"]])
-    return table(["method", *(f"{data}, N = {n}" for data in ("CIFAR-100", "ImageNet-Subset") for n in (5, 10, 25)),
-                  "source"], rows)
-
-
-# Memory of BAL_FT on the digits: file name, label, flags.
-MEMORIES = [("growing", "3 per class", "--fixed_memory"),
-            ("fixed", "30 in total", ""),
-            ("growing20", "20 per class", "--fixed_memory --memory_size 200"),
-            ("joint", "all images", "--upper_bound joint")]
-LOSSES = [("all", "+CTF", BLUE), ("own", "-CTF", ORANGE)]
-
-
-def causes(runs):
-    """Four numbers after the last task: accuracy, its two causes, and cumulative forgetting."""
-    return [mean_std([run["last_accuracy"] for run in runs]),
-            mean_std([run["task_inference"][-1] for run in runs]),
-            mean_std([run["class_weighted_task_aware"][-1] for run in runs]),
-            mean_std([run["cumulative_forgetting"] for run in runs])]
-
-
-CAUSES = ["last (%)", "task inference (%)", "task-aware (%)", "cumulative forgetting (points)"]
-
-
-def cross_task():
-    """With and without cross-task features, for each kind of memory; and the difference, by seed."""
-    rows = []
-    for memory, label, flags in MEMORIES:
-        found = [load(f"digits_bal_ft_{loss}_{memory}_seed*") for loss, _, _ in LOSSES]
-        for (loss, name, _), runs in zip(LOSSES, found):
-            rows.append([f"{label}, {name}", f"`--loss {loss} {flags}`".replace(" `", "`"), *causes(runs)])
-        difference = [a["last_accuracy"] - b["last_accuracy"] for a, b in zip(*found)]
-        rows.append([f"{label}: +CTF minus -CTF", "", mean_std(difference), "", "", ""])
-    return table(["memory, loss", "flags", *CAUSES], rows, left=2)
-
-
-def cross_task_validation():
-    """The choice of the validation images."""
-    rows = [[f"{'of the newest task' if which == 'new' else 'of all tasks so far'}, {name}",
-             f"`--loss {loss} --fixed_memory --patience 3 --validation {which}`",
-             *causes(load(f"digits_bal_ft_{loss}_validate_{which}_seed*"))]
-            for which in ("new", "seen") for loss, name, _ in LOSSES]
-    return table(["validation images, loss", "flags", *CAUSES], rows, left=2)
-
-
-# Memory of BAL_FT on CIFAR-100: file name, label, column of the paper's poster, line.
-CIFAR_MEMORIES = [("growing", "20 per class", "20", "-"), ("joint", "all images", "all", "--")]
-
-
-def poster(name, column):
-    """[mean, deviation] of the last accuracy with ten tasks and the loss +CTF or -CTF."""
-    row, = (row for row in load("published")[0]["cross_task"] if (row["tasks"], row["loss"]) == (10, name))
-    return row[column]
-
-
-def cross_task_cifar100():
-    """The same on CIFAR-100, one seed, and what the paper's poster says."""
-    rows = []
-    for memory, label, column, _ in CIFAR_MEMORIES:
-        found = [load(f"cifar100_bal_ft_{loss}_{memory}_seed0") for loss, _, _ in LOSSES]
-        theirs = [poster(name, column) for _, name, _ in LOSSES]
-        for (_, name, _), runs, (mean, deviation) in zip(LOSSES, found, theirs):
-            args = runs[0]["args"]
-            rows.append([f"{label}, {name}", f"{args['num_epochs']} + {args['num_epochs_ft']}", *causes(runs),
-                         f"{mean:g} ± {deviation:g}"])
-        ours = [runs[0]["last_accuracy"] for runs in found]
-        rows.append([f"{label}: +CTF minus -CTF", "", f"{ours[0] - ours[1]:.1f}", "", "", "",
-                     f"{theirs[0][0] - theirs[1][0]:.1f}"])
-    return table(["memory, loss", "epochs of stages 1 + 2", *CAUSES, "poster, last (%)"], rows)
-
-
-def cross_task_published():
-    rows = load("published")[0]["cross_task"]
-    memories = ("20", "10", "5", "2", "all")
-    return table(["tasks", "loss", *[f"{m} per class" if m != "all" else "all images" for m in memories]], [
-        [row["tasks"], row["loss"], *[f"{row[m][0]:g} ± {row[m][1]:g}" for m in memories]] for row in rows],
-        left=2)
-
-
-def inference():
-    """Every method on the digits: is the task found, and the class within it? From the last confusion
-    matrix, so that it holds for every run."""
-    rows = []
-    for label, name in (("finetune", "finetune"), ("replay", "replay"), ("WA", "wa"), ("iCaRL", "icarl"),
-                        ("LUCIR", "lucir"), ("PODNet", "podnet"), ("LUCIR + AANets", "aanets_lucir"),
-                        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base", "itaml_paper")):
-        runs, shares = load(f"digits_{name}_seed*"), []
-        for run in runs:
-            task = np.repeat(np.arange(len(run["increments"])), run["increments"])
-            confusion = np.array(run["confusion"])
-            shares.append(100 * confusion[task[:, None] == task].sum() / confusion.sum())
-        rows.append([label, mean_std([run["last_accuracy"] for run in runs]), mean_std(shares)])
-    return table(["method", "last (%)", "task inference (%)"], rows)
-
-
-# iTAML's four numbers: label, name in the files.
-FOUR = [("base", "base"), *((f"{name} ({p})", f"{name.replace(' ', '_')}_{p}")
-                            for name in ("continuum", "task accuracy") for p in (1, 5, 20)), ("oracle", "oracle")]
-
-
-def itaml():
-    """The four numbers after the last task, for both outer steps."""
-    found = [load(f"digits_itaml_{meta}_seed*") for meta in ("paper", "released")]
-    return table(["digits", "`--meta paper`", "`--meta released`"], [
-        [name, *(mean_std([run[key][-1] for run in runs]) for runs in found)] for name, key in FOUR])
-
-
-def itaml_cifar100():
-    """The four numbers on CIFAR-100, on the way and at the end."""
-    run, = load("cifar100_itaml_seed0")
-    classes = np.cumsum(run["increments"])
-    return table(["CIFAR-100", *[f"{classes[t]} classes" for t in (1, 4, 9)]], [
-        [name, *[f"{run[key][t]:.1f}" for t in (1, 4, 9)]] for name, key in FOUR])
-
-
-def itaml_published():
-    rows = load("published")[0]["itaml"]
-    return table(["data", "tasks", "p", "accuracy (%)", "measure"], [
-        [row["data"], row["tasks"], row["p"], f"{row['last']:.1f}", row["measure"]] for row in rows], left=2)
-
-
-# ALTA on the digits: file name, label, flags.
-CLIP_RUNS = [("sgd", "lower bound: ALTA without a memory", "--memory_size 0"),
-             *((name, label, f"--clip_method {name}") for name, label in (
-                 ("mlp", "adapter"), ("resmlp", "adapter, added to the image"),
-                 ("sprompt", "one context"), ("cprompt", "a context for each task"),
-                 ("cprompt_oriprompt", "… and the written prompt"),
-                 ("cprompt_mlp", "contexts and adapter, one cosine"),
-                 ("cprompt_resmlp", "… added to the image"),
-                 ("oriclip2cprompt_mlp", "two cosines, not crossed"))),
-             ("oritext_mlp2cprompt_oriimg", "ALTA: two cosines, crossed", ""),
-             ("constant", "ALTA, rate as released", "--schedule constant"),
-             ("all", "ALTA, classes to come compete", "--columns all"),
-             ("joint", "upper bound: ALTA, all classes at once",
-              "--memory_size 0 --num_bases 10 --num_epochs 100")]
-
-
-def alta():
-    untrained = load("alta")[0]["seeds"]["zero_shot"]  # of the same ten seeds
-    return summary_table([(label, flags, f"digits_alta_{name}_seed*") for name, label, flags in CLIP_RUNS],
-                         head=("what learns", "flags"),
-                         above=[["nothing: zero-shot", "", "", mean_std(untrained), ""]])
-
-
-def alta_speed():
-    found, = load("alta")
-    return table(["prompts of one step in the last of ten tasks", "seconds", "against the first"], [
-        [row["what"], f"{row['seconds']:.2f}", f"{found['prompts'][0]['seconds'] / row['seconds']:.1f} ×"]
-        for row in found["prompts"]])
-
-
-def ranks():
-    """What the ranks would replay together if each chose exemplars from its own augmented images."""
-    found, = load("ranks_cifar100")
-    counts = list(found["rows"][0]["different_images"])
-    names = {"none": "crop and flip"}
-    rows = [[names.get(row["aa"], "crop, flip and RandAugment"), f"{100 * row['shared_by_two']:.0f} %",
-             *[f"{row['different_images'][n]:.0f}" for n in counts]] for row in found["rows"]]
-    rows.append(["none: clean images, as here", "100 %", *[found["m"]] * len(counts)])
-    return table(["augmentation", "shared by two ranks",
-                  *[f"images kept by {n} rank" + "s" * (n != "1") for n in counts]], rows)
-
-
-def speed():
-    found = load("speed")[0]["compute"]
-    return table(["compute alone", "images per second", "against the first", "forward", "backward",
-                  "optimizer"], [
-        [row["what"], f"{row['images_per_second']:.0f}",
-         f"{row['images_per_second'] / found[0]['images_per_second']:.2f} ×",
-         *[f"{100 * row[part] / sum(row[p] for p in ('forward', 'backward', 'optimizer')):.0f} %"
-           for part in ("forward", "backward", "optimizer")]] for row in found])
-
-
-def loading():
-    return table(["`--aa`", "`--num_workers`", "images per second"], [
-        [f"`{row['aa']}`", row["num_workers"], f"{row['images_per_second']:.0f}"]
-        for row in load("speed")[0]["loading"]], left=2)
-
-
-def processes():
-    found = load("speed")[0]["launches"]
-    return table(["processes", "threads of each", "images per second", "against the first"], [
-        [row["processes"], row["threads"], f"{row['images_per_second']:.0f}",
-         f"{row['images_per_second'] / found[0]['images_per_second']:.2f} ×"] for row in found], left=2)
-
-
-TABLES = {f.__name__: f for f in (
-    digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
-    runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
-    cross_task_validation, cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
-    itaml_published, alta, alta_speed)}
-
-
-def value(files, key):
-    """The mean over the files of one number: `digits_wa_seed* last_accuracy`, `… gammas.0`."""
-    found = load(files)
-    for part in key.split("."):
-        found = [item[int(part) if part.lstrip("-").isdigit() else part] for item in found]
-    return np.mean(found)
-
-
-def fill(text):
-    """The text with each of its tables and numbers written anew."""
-    text = re.sub(r"(<!-- table (\w+) -->\n)(?:[^\n]+\n)*?(<!-- end -->)",
-                  lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], text)
-    return re.sub(r"(<!-- value (\S+) (\S+) -->)(\d+\.?(\d*))(<!-- end -->)",
-                  lambda m: f"{m[1]}{value(m[2], m[3]):.{len(m[5])}f}{m[6]}", text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -476,7 +37,7 @@ def draw_ablation(data_set, title):
     """Accuracy on all classes so far after each task; the band is ± one standard deviation."""
     figure, axes = new_figure()
     for name, label, _, colour in ABLATION:
-        found = load(f"{data_set}_{name}_seed*")
+        found = load(f"{data_set}_{name}")
         if not found:  # CIFAR-100 has no run with alignment alone
             continue
         curves = np.array([run["acc1s"] for run in found])
@@ -502,7 +63,7 @@ def draw_cifar100_methods():
     """Accuracy after each task, a line for each method."""
     figure, axes = new_figure(7, 4)
     for name, label, colour in CIFAR_METHODS:
-        run, = load(f"cifar100_{name}_seed0")
+        run = load(f"cifar100_{name}")[0]
         axes.plot(np.cumsum(run["increments"]), run["acc1s"], "o-", label=label, color=colour)
     axes.set(xlabel="classes learned", ylabel="test accuracy on all classes so far (%)", ylim=(30, 75),
              title="CIFAR-100, base 50, increment 10, 20 epochs a task, one seed")
@@ -514,7 +75,7 @@ def draw_forgetting():
     """Finetuning: the accuracy on each task's test images falls to zero when the next one comes."""
     figure, both = new_figure(8, 4, 2, sharey=True)
     for axes, data_set, title in zip(both, ("digits", "cifar100"), ("digits", "CIFAR-100")):
-        run, = load(f"{data_set}_finetune_seed0")
+        run = load(f"{data_set}_finetune")[0]
         rows = run["accuracy_matrix"]
         for u in range(len(rows)):
             axes.plot(range(u + 1, len(rows) + 1), [row[u] for row in rows[u:]], "o-",
@@ -532,7 +93,7 @@ def draw_confusion():
     figure, panels = new_figure(9, 3.6, 3, sharey=True)
     names = [("finetune", "finetune"), ("replay", "replay"), ("wa", "WA")]
     for axes, (name, title) in zip(panels, names):
-        found = load(f"digits_{name}_seed*")
+        found = load(f"digits_{name}")
         counts = np.sum([run["confusion"] for run in found], axis=0)
         share = 100 * counts / counts.sum(axis=1, keepdims=True)
         image = axes.imshow(share, cmap="magma", vmin=0, vmax=100)
@@ -552,7 +113,7 @@ def draw_exemplars():
     """Left: the features of one class, flattened, and herding's first choices. Right: the distance
     of the mean of m exemplars to the class mean."""
     figure, (flat, error) = new_figure(9, 4.2, 2)
-    found, = load("exemplars_digits")
+    found = measured("exemplars_digits")
     points, chosen = np.array(found["points"]), found["chosen"]["herding"]
     flat.scatter(*points.T, s=18, color=GREY, alpha=0.5, lw=0, label=f"image of a {found['class']}")
     flat.scatter(*points[chosen].T, s=70, color=GREEN, label="first ten of herding")
@@ -562,7 +123,7 @@ def draw_exemplars():
     flat.set(xlabel="first principal component of the features", ylabel="second",
              title=f"digits: {100 * found['explained']:.0f} % of the variance is visible")
     flat.legend(fontsize=9)
-    found, = load("exemplars_cifar100")
+    found = measured("exemplars_cifar100")
     m = np.arange(1, 101)
     for name, colour, label in (("random", RED, "random"), ("cluster", ORANGE, "nearest to the mean"),
                                 ("herding", GREEN, "herding")):
@@ -580,7 +141,7 @@ def draw_norms():
     """Lengths of the prototypes before and after the last alignment."""
     figure, both = new_figure(9, 4, 2)
     for axes, data_set, title in zip(both, ("digits", "cifar100"), ("digits", "CIFAR-100")):
-        found, = load(f"norms_{data_set}")
+        found = measured(f"norms_{data_set}")
         before, after, nb_new = map(np.array, (found["before"], found["after"], found["nb_new"]))
         classes, old = np.arange(1, len(before) + 1), len(before) - nb_new
         axes.bar(classes[:old], before[:old], color=BLUE, label="old classes")
@@ -611,7 +172,7 @@ def draw_temperature():
 
 def draw_speed():
     """Images per second, one change at a time."""
-    found, = load("speed")
+    found = measured("speed")
     figure, axes = new_figure(7, 3)
     rows = found["compute"][::-1]
     bars = axes.barh([row["what"] for row in rows], [row["images_per_second"] for row in rows],
@@ -851,7 +412,7 @@ def draw_aanets():
 def draw_alphas():
     """What the fusion weights become, task after task; the mean over the seeds."""
     figure, axes = new_figure(7, 3.6)
-    found = load("digits_aanets_lucir_seed*")
+    found = load("digits_aanets_lucir")
     values = np.array([run["alphas"] for run in found])  # (seeds, tasks - 1, levels)
     for level in range(values.shape[2]):
         axes.errorbar(np.arange(2, values.shape[1] + 2) + 0.04 * (level - 1), values[:, :, level].mean(axis=0),
@@ -888,7 +449,7 @@ def draw_continuum():
     """What iTAML scores on the digits, by the number of images that are known to share a task."""
     figure, axes = new_figure(7, 3.8)
     for meta, colour, shift in (("paper", BLUE, -0.02), ("released", ORANGE, 0.02)):
-        runs = load(f"digits_itaml_{meta}_seed*")
+        runs = load(f"digits_itaml_{meta}")
         values = np.array([[run[f"continuum_{p}"][-1] for p in (1, 5, 20)] for run in runs])
         axes.errorbar(np.arange(3) + shift, values.mean(axis=0), values.std(axis=0, ddof=1), fmt="o-",
                       color=colour, capsize=3, label=f"continuum(p), --meta {meta}")
@@ -926,11 +487,11 @@ def draw_cross_task():
     figure, (bars, lines) = new_figure(9, 4, 2)
     shown = [memory for memory in MEMORIES if memory[0] != "fixed"]
     for k, (loss, name, colour) in enumerate(LOSSES):
-        values = np.array([[run["last_accuracy"] for run in load(f"digits_bal_ft_{loss}_{memory}_seed*")]
+        values = np.array([[run["last_accuracy"] for run in load(f"digits_bal_ft_{loss}_{memory}")]
                            for memory, _, _ in shown])
         bars.bar(np.arange(len(shown)) + 0.38 * (k - 0.5), values.mean(axis=1), 0.36, color=colour, label=name,
                  yerr=values.std(axis=1, ddof=1), capsize=4)
-        runs = load(f"digits_bal_ft_{loss}_growing_seed*")
+        runs = load(f"digits_bal_ft_{loss}_growing")
         tasks = len(runs[0]["increments"])
         for u in range(tasks - 1):
             curve = np.mean([[row[u] for row in run["cumulative_matrix"][u:]] for run in runs], axis=0)
@@ -951,7 +512,7 @@ def draw_cross_task_cifar100():
     figure, axes = new_figure(7, 4)
     for memory, label, column, style in reversed(CIFAR_MEMORIES):
         for loss, name, colour in LOSSES:
-            run, = load(f"cifar100_bal_ft_{loss}_{memory}_seed0")
+            run = load(f"cifar100_bal_ft_{loss}_{memory}")[0]
             classes = np.cumsum(run["increments"])
             axes.plot(classes, run["acc1s"], "o" + style, color=colour, label=f"{label}, {name}")
             axes.plot(103, poster(name, column)[0], "*", color=colour, ms=12)
@@ -991,11 +552,11 @@ def draw_alta_digits():
     for name, label, colour in (("sgd", "ALTA without a memory", GREY), ("mlp", "adapter and memory", PINK),
                                 ("cprompt", "a context for each task, no memory", BLUE),
                                 ("oritext_mlp2cprompt_oriimg", "ALTA", GREEN)):
-        values = np.array([run["acc1s"] for run in load(f"digits_alta_{name}_seed*")])
+        values = np.array([run["acc1s"] for run in load(f"digits_alta_{name}")])
         tasks = np.arange(1, values.shape[1] + 1)
         axes.errorbar(tasks, values.mean(axis=0), values.std(axis=0, ddof=1), marker="o", capsize=3,
                       label=label, color=colour)
-    joint = [run["last_accuracy"] for run in load("digits_alta_joint_seed*")]
+    joint = [run["last_accuracy"] for run in load("digits_alta_joint")]
     axes.plot(5, np.mean(joint), "k*", ms=12, ls="", label="all classes at once")
     axes.set(xlabel="tasks learned", ylabel="test accuracy on all classes so far (%)", xticks=tasks,
              ylim=(0, 102), title=f"Digits on a tiny frozen CLIP, seeds 0 to {len(joint) - 1}")
@@ -1065,20 +626,12 @@ PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_path", help="CIFAR-100 as a folder of images, for two pictures")
-    parser.add_argument("--seeds", nargs="+", type=Path, help="output directories: print mean ± std")
     given = parser.parse_args()
-    if given.seeds:
-        found = [json.loads((folder / "results.json").read_text()) for folder in given.seeds]
-        print(table([f"{len(found)} runs", *(title for _, title in SUMMARY)],
-                    [summary((found[0]["method"],), found)]))
-        return
     IMAGES.mkdir(exist_ok=True)
     for draw in PICTURES:
         draw().savefig(IMAGES / f"{draw.__name__[5:]}.png")
     for draw in PICTURES_OF_CIFAR if given.data_path else ():
         draw(given.data_path).savefig(IMAGES / f"{draw.__name__[5:]}.png")
-    for path in TEXTS:
-        path.write_text(fill(path.read_text()))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@
     python -m tutorial.tools.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
     python -m tutorial.tools.measure ranks RUN       # chapter 4: what each rank would choose alone
     python -m tutorial.tools.measure speed           # chapter 11: where the time goes (CPU, minutes)
-    python -m tutorial.tools.measure t2              # chapter 7: ten runs with the factor T^2, minutes
-    python -m tutorial.tools.measure clipping        # chapter 8: ten runs with clipped weights, minutes
     python -m tutorial.tools.measure alta            # chapter 20: tiny CLIP, speed of prompts, minutes
 
 RUN is the output directory of a finished run of template.py; if its data lie elsewhere now, say
@@ -29,7 +27,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 import utils
-from template import CilTrainer, knowledge_distillation, main as run_template
+from template import CilTrainer
 from tutorial.tools.use import load
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -117,60 +115,6 @@ def ranks(mine, m=20, processes=8):
             for n in (1, 2, 4, processes)}})
     write(f"ranks_{args.data_set}", {"data_set": args.data_set, "m": m, "rows": rows,
                                      "classes": results["increments"][-1]})
-
-
-class ClippedWA(CilTrainer):
-    """WA with the paper's weight clipping: after every step no weight of the classifier is < 0."""
-
-    def train_epoch(self, loader, optimizer):
-        def clip(*_):
-            for head in self.model.fc.heads:
-                head.weight.data.clamp_(min=0)
-        hook = optimizer.register_step_post_hook(clip)
-        averages = super().train_epoch(loader, optimizer)
-        hook.remove()
-        return averages
-
-
-class TSquaredWA(CilTrainer):
-    """WA with (1 - lambda) CE + lambda T^2 KD, as in Hinton's paper; lambda must be a number."""
-
-    def compute_loss(self, images, targets):
-        logits, _ = self.parallel_model(images)
-        loss = torch.nn.functional.cross_entropy(logits, targets)
-        if self.teacher is not None:
-            weight, T = self.args.lambda_kd, self.args.temperature
-            soft, _ = self.teacher(images)
-            kd = knowledge_distillation(logits, soft, T)
-            loss = (1 - weight) * loss + weight * T ** 2 * kd
-        return loss, logits
-
-
-def ten_seeds(Trainer, name):
-    """Runs of the default command with another trainer, seeds 0 to 9."""
-    for seed in range(10):
-        with tempfile.TemporaryDirectory() as folder:
-            run_template(utils.get_parser().parse_args(
-                [f"--seed={seed}", f"--output_dir={folder}/run", "--no_plots", "--device=cpu"]),
-                Trainer)
-            record(Path(folder) / "run", f"digits_{name}_seed{seed}")
-
-
-def clipping(mine):
-    ten_seeds(ClippedWA, "clipped")
-
-
-def t2(mine):
-    ten_seeds(TSquaredWA, "t2")
-
-
-def record(folder, name):
-    """Copy the results.json of a finished run, without the paths of the machine where it ran."""
-    results = json.loads((folder / "results.json").read_text())
-    assert results["finished"], folder
-    results["args"].update(output_dir=None, data_path="data", num_workers=None, resume=False)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results) + "\n")
-    print(RESULTS / f"{name}.json")
 
 
 def speed(mine, steps=20, rounds=3):
@@ -322,7 +266,7 @@ def alta(mine, rounds=3):
 
 
 def main():
-    measures = {f.__name__: f for f in (norms, exemplars, ranks, speed, t2, clipping, alta)}
+    measures = {f.__name__: f for f in (norms, exemplars, ranks, speed, alta)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=measures)
     parser.add_argument("run", nargs="?", type=Path, help="output directory of a finished run")

@@ -1,0 +1,433 @@
+"""Fills in every table and number of the texts, from tutorial/results/ alone.
+
+    python -m tutorial.tools.tables                             # all tables and numbers
+    python -m tutorial.tools.tables --seeds runs/mine_seed*     # mean ± std of runs of your own
+
+A table stands between <!-- table NAME --> and <!-- end -->, a single number between
+<!-- value GROUP KEY --> and <!-- end -->. The tests fill all of them in again and compare, so no
+number in a text can differ from its file.
+"""
+import argparse
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from tutorial.tools import reproduce
+from tutorial.tools.reproduce import RESULTS, ROOT, load
+
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "tutorial").rglob("*.md"))]
+# The colours of the pictures, which are told apart by everyone; the lists below name them.
+GREY, RED, BLUE, PINK, GREEN, ORANGE = (
+    "#777777", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00")
+
+# WA's ablations: name of the group, label, flags on top of the defaults, colour in the pictures.
+ABLATION = [("finetune", "finetune", "--memory_size 0 --lambda_kd 0 --no_align", GREY),
+            ("replay", "replay", "--lambda_kd 0 --no_align", RED),
+            ("replay_kd", "replay + KD", "--no_align", BLUE),
+            ("replay_align", "replay + alignment", "--lambda_kd 0", PINK),
+            ("wa", "WA: replay + KD + alignment", "", GREEN)]
+SUMMARY = [("average_incremental_accuracy", "average incremental accuracy (%)"),
+           ("last_accuracy", "last (%)"), ("forgetting", "forgetting (points)")]
+
+
+def measured(name):
+    """One measurement: what a file of results/ holds that is no run."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head, rows, left=1):
+    """A markdown table; the first `left` columns are text, the others numbers."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def mean_std(values):
+    """95.3 ± 1.2 over several runs (n - 1 in the standard deviation), 95.3 of one."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def summary(label, runs):
+    return [*label, *(mean_std([run[key] for run in runs]) for key, _ in SUMMARY)]
+
+
+def summary_table(rows, head=("method", "flags"), above=()):
+    """A row for each (label, flags, group): mean ± standard deviation over the seeds. above: rows
+    that are ready, to stand before them."""
+    lines = [summary((label, f"`{flags}`" if flags else "none"), load(group))
+             for label, flags, group in rows]
+    return table([*head, *(title for _, title in SUMMARY)], [*above, *lines], left=2)
+
+
+def digits():
+    return summary_table([(label, flags, f"digits_{name}") for name, label, flags, _ in ABLATION])
+
+
+def memory():
+    return summary_table([
+        ("herding", "", "digits_wa"),
+        ("nearest to the class mean", "--herding_method cluster", "digits_cluster"),
+        ("random", "--herding_method random", "digits_random"),
+        ("least certain", "--herding_method entropy", "digits_entropy"),
+        ("herding, fixed memory", "--fixed_memory", "digits_fixed")], ("exemplars", "flags"))
+
+
+def distillation():
+    return summary_table([
+        ("no KD", "--lambda_kd 0", "digits_replay_align"),
+        ("λ = 0.4", "", "digits_wa"),
+        ("λ = 0.4, times T² = 4", "--variant t_squared", "digits_t2"),
+        ("dynamic λ", "--lambda_kd dynamic", "digits_dynamic")], ("distillation", "flags"))
+
+
+def clipping():
+    return summary_table([("WA", "", "digits_wa"),
+                          ("WA, weights clipped at 0", "--variant clipped", "digits_clipped")])
+
+
+def ideas():
+    return summary_table([
+        ("WA, `template.py` as it is", "", "digits_wa"),
+        ("1. balanced softmax, no alignment", "--no_align", "digits_balanced"),
+        ("2. the hardest exemplars", "", "digits_hardest"),
+        ("3. three convolutions", "--backbone tinynet", "digits_tiny"),
+        ("`feature_kd.py`", "--feature_weight 1", "digits_feature")], ("idea", "flags"))
+
+
+def cifar100():
+    """Accuracy after each task on CIFAR-100, a row for each method, with WA's gammas below."""
+    runs = [(label, load(f"cifar100_{name}")[:1]) for name, label, _, _ in ABLATION]
+    runs = [(label, found[0]) for label, found in runs if found]
+    rows = []
+    for label, run in runs:
+        rows.append([label, *[f"{a:.1f}" for a in run["acc1s"]],
+                     f"{run['average_incremental_accuracy']:.1f}"])
+        if run["gammas"]:
+            rows.append([f"γ of {label.split(':')[0]}", "", *[f"{g:.2f}" for g in run["gammas"]], ""])
+    classes = np.cumsum(runs[0][1]["increments"])
+    return table(["method", *[f"{n} classes" for n in classes], "average"], rows)
+
+
+def matrix():
+    """The accuracy matrix of one run."""
+    run = load("digits_wa")[0]
+    tasks = range(len(run["increments"]))
+    rows = [[f"after task {t + 1}", *[f"{a:.1f}" for a in row], *[""] * (len(tasks) - t - 1),
+             f"{run['acc1s'][t]:.1f}"] for t, row in enumerate(run["accuracy_matrix"])]
+    return table(["", *[f"images of task {u + 1}" for u in tasks], "all"], rows)
+
+
+def two_averages():
+    """Averages with and without the first task: of the WA paper, and of our runs."""
+    curves = [(f"{row['method']}, {row['protocol']}", row["acc1s"])
+              for row in measured("published")["rows"] if "acc1s" in row]
+    curves.append(("WA (here, 20 epochs a task), base 50, increment 10", load("cifar100_wa")[0]["acc1s"]))
+    return table(["method, protocol", "accuracy after each task", "average", "without the first"], [
+        [name, ", ".join(f"{a:.1f}" for a in acc1s), f"{np.mean(acc1s):.1f}",
+         f"{np.mean(acc1s[1:]):.1f}"] for name, acc1s in curves], left=2)
+
+
+def awareness():
+    """The last row of both matrices: is a class found among all, or among its own task's?"""
+    rows = []
+    for name, label, _, _ in ABLATION:
+        runs = load(f"digits_{name}")
+        agnostic = [run["accuracy_matrix"][-1] for run in runs]
+        aware = [run["task_aware_matrix"][-1] for run in runs]
+        rows.append([label, *(mean_std([np.mean(row) for row in kind]) for kind in (agnostic, aware))])
+    return table(["method", "task-agnostic (%)", "task-aware (%)"], rows)
+
+
+def published():
+    """The numbers of others beside ours, each with its schedule."""
+    rows = [[row["method"], row["protocol"], row["source"], row.get("average", ""), row["last"]]
+            for row in measured("published")["rows"]]
+    for name, label, _, _ in ABLATION:
+        for run in load(f"cifar100_{name}")[:1]:
+            rows.append([label.split(":")[0], "base 50, increment 10", f"here, {run['args']['num_epochs']} "
+                         "epochs a task, no RandAugment", f"{run['average_incremental_accuracy']:.1f}",
+                         f"{run['last_accuracy']:.1f}"])
+    rows.sort(key=lambda row: (row[1], row[0]))
+    return table(["method", "protocol", "source", "average (%)", "last (%)"], rows, left=3)
+
+
+def runs():
+    """Every group of runs: its command, seeds, the minutes of one run, and the trainer's version."""
+    rows = [[f"`{name}`", f"`{command}`", *rest] for name, command, *rest in reproduce.listing()]
+    return table(["group", "command", "seeds", "minutes", "trainer"], rows, left=3)
+
+
+def methods():
+    """Every method on the digits; iCaRL has two answers."""
+    rows = [summary((label, f"`{command}`"), load(f"digits_{name}")) for label, command, name in (
+        ("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.methods.icarl", "icarl"),
+        ("LUCIR", "-m tutorial.methods.lucir", "lucir"), ("PODNet", "-m tutorial.methods.podnet", "podnet"),
+        ("LUCIR + AANets", "-m tutorial.methods.aanets", "aanets_lucir"),
+        ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"))]
+    found = [run["network_acc1s"] for run in load("digits_icarl")]
+    rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
+                    mean_std([accuracies[-1] for accuracies in found]), ""])
+    return table(["method", "command", *(title for _, title in SUMMARY)], rows, left=2)
+
+
+def aanets():
+    """The ablations of AANets on the digits."""
+    return summary_table([
+        ("LUCIR alone, chapter 15", "", "digits_lucir"),
+        ("one branch", "--branch_mode single --branch_1 free", "digits_aanets_single"),
+        ("two equal branches", "--branch_1 free --branch_2 free --fusion_lr 0", "digits_aanets_free"),
+        ("stable and plastic, α one half", "--fusion_lr 0", "digits_aanets_half"),
+        ("LUCIR + AANets: α learned", "", "digits_aanets_lucir")])
+
+
+# The methods on CIFAR-100: name of the group, label, colour.
+CIFAR_METHODS = [("wa", "WA", GREY), ("icarl", "iCaRL", PINK), ("lucir", "LUCIR", BLUE),
+                 ("podnet", "PODNet", ORANGE), ("aanets_lucir", "LUCIR + AANets", GREEN)]
+
+
+def cifar100_methods():
+    """Accuracy after each task; iCaRL has two answers."""
+    rows = []
+    for name, label, _ in CIFAR_METHODS:
+        run = load(f"cifar100_{name}")[0]
+        rows.append([label, *[f"{a:.1f}" for a in run["acc1s"]], f"{run['average_incremental_accuracy']:.1f}",
+                     f"{run['forgetting']:.1f}"])
+        if "network_acc1s" in run:
+            found = run["network_acc1s"]
+            rows.append([f"{label}, the network's own answer", *[f"{a:.1f}" for a in found],
+                         f"{np.mean(found):.1f}", ""])
+    return table(["method", *[f"{n} classes" for n in np.cumsum(run["increments"])], "average (%)",
+                  "forgetting (points)"], rows)
+
+
+def base_50():
+    """Published averages of the methods; N further tasks after a base of half of the classes."""
+    rows = []
+    for row in measured("published")["base_50"]:
+        numbers = [f"{a:.1f}" for key in ("cifar100", "imagenet100") for a in (*row[key], *[np.nan] * 3)[:3]]
+        rows.append([row["method"], *(number.replace("nan", "") for number in numbers), row["source"]])
+    return table(["method", *(f"{data}, N = {n}" for data in ("CIFAR-100", "ImageNet-Subset") for n in (5, 10, 25)),
+                  "source"], rows)
+
+
+# Memory of BAL_FT on the digits: name of the group, label, flags.
+MEMORIES = [("growing", "3 per class", "--fixed_memory"),
+            ("fixed", "30 in total", ""),
+            ("growing20", "20 per class", "--fixed_memory --memory_size 200"),
+            ("joint", "all images", "--upper_bound joint")]
+LOSSES = [("all", "+CTF", BLUE), ("own", "-CTF", ORANGE)]
+
+
+def causes(runs):
+    """Four numbers after the last task: accuracy, its two causes, and cumulative forgetting."""
+    return [mean_std([run["last_accuracy"] for run in runs]),
+            mean_std([run["task_inference"][-1] for run in runs]),
+            mean_std([run["class_weighted_task_aware"][-1] for run in runs]),
+            mean_std([run["cumulative_forgetting"] for run in runs])]
+
+
+CAUSES = ["last (%)", "task inference (%)", "task-aware (%)", "cumulative forgetting (points)"]
+
+
+def cross_task():
+    """With and without cross-task features, for each kind of memory; and the difference, by seed."""
+    rows = []
+    for memory, label, flags in MEMORIES:
+        found = [load(f"digits_bal_ft_{loss}_{memory}") for loss, _, _ in LOSSES]
+        for (loss, name, _), runs in zip(LOSSES, found):
+            rows.append([f"{label}, {name}", f"`--loss {loss} {flags}`".replace(" `", "`"), *causes(runs)])
+        difference = [a["last_accuracy"] - b["last_accuracy"] for a, b in zip(*found)]
+        rows.append([f"{label}: +CTF minus -CTF", "", mean_std(difference), "", "", ""])
+    return table(["memory, loss", "flags", *CAUSES], rows, left=2)
+
+
+def cross_task_validation():
+    """The choice of the validation images."""
+    rows = [[f"{'of the newest task' if which == 'new' else 'of all tasks so far'}, {name}",
+             f"`--loss {loss} --fixed_memory --patience 3 --validation {which}`",
+             *causes(load(f"digits_bal_ft_{loss}_validate_{which}"))]
+            for which in ("new", "seen") for loss, name, _ in LOSSES]
+    return table(["validation images, loss", "flags", *CAUSES], rows, left=2)
+
+
+# Memory of BAL_FT on CIFAR-100: name of the group, label, column of the paper's poster, line.
+CIFAR_MEMORIES = [("growing", "20 per class", "20", "-"), ("joint", "all images", "all", "--")]
+
+
+def poster(name, column):
+    """[mean, deviation] of the last accuracy with ten tasks and the loss +CTF or -CTF."""
+    row, = (row for row in measured("published")["cross_task"] if (row["tasks"], row["loss"]) == (10, name))
+    return row[column]
+
+
+def cross_task_cifar100():
+    """The same on CIFAR-100, one seed, and what the paper's poster says."""
+    rows = []
+    for memory, label, column, _ in CIFAR_MEMORIES:
+        found = [load(f"cifar100_bal_ft_{loss}_{memory}")[:1] for loss, _, _ in LOSSES]
+        theirs = [poster(name, column) for _, name, _ in LOSSES]
+        for (_, name, _), runs, (mean, deviation) in zip(LOSSES, found, theirs):
+            args = runs[0]["args"]
+            rows.append([f"{label}, {name}", f"{args['num_epochs']} + {args['num_epochs_ft']}", *causes(runs),
+                         f"{mean:g} ± {deviation:g}"])
+        ours = [runs[0]["last_accuracy"] for runs in found]
+        rows.append([f"{label}: +CTF minus -CTF", "", f"{ours[0] - ours[1]:.1f}", "", "", "",
+                     f"{theirs[0][0] - theirs[1][0]:.1f}"])
+    return table(["memory, loss", "epochs of stages 1 + 2", *CAUSES, "poster, last (%)"], rows)
+
+
+def cross_task_published():
+    rows = measured("published")["cross_task"]
+    memories = ("20", "10", "5", "2", "all")
+    return table(["tasks", "loss", *[f"{m} per class" if m != "all" else "all images" for m in memories]], [
+        [row["tasks"], row["loss"], *[f"{row[m][0]:g} ± {row[m][1]:g}" for m in memories]] for row in rows],
+        left=2)
+
+
+def inference():
+    """Every method on the digits: is the task found, and the class within it? From the last confusion
+    matrix, so that it holds for every run."""
+    rows = []
+    for label, name in (("finetune", "finetune"), ("replay", "replay"), ("WA", "wa"), ("iCaRL", "icarl"),
+                        ("LUCIR", "lucir"), ("PODNet", "podnet"), ("LUCIR + AANets", "aanets_lucir"),
+                        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base", "itaml_paper")):
+        runs, shares = load(f"digits_{name}"), []
+        for run in runs:
+            task = np.repeat(np.arange(len(run["increments"])), run["increments"])
+            confusion = np.array(run["confusion"])
+            shares.append(100 * confusion[task[:, None] == task].sum() / confusion.sum())
+        rows.append([label, mean_std([run["last_accuracy"] for run in runs]), mean_std(shares)])
+    return table(["method", "last (%)", "task inference (%)"], rows)
+
+
+# iTAML's four numbers: label, name in the files.
+FOUR = [("base", "base"), *((f"{name} ({p})", f"{name.replace(' ', '_')}_{p}")
+                            for name in ("continuum", "task accuracy") for p in (1, 5, 20)), ("oracle", "oracle")]
+
+
+def itaml():
+    """The four numbers after the last task, for both outer steps."""
+    found = [load(f"digits_itaml_{meta}") for meta in ("paper", "released")]
+    return table(["digits", "`--meta paper`", "`--meta released`"], [
+        [name, *(mean_std([run[key][-1] for run in runs]) for runs in found)] for name, key in FOUR])
+
+
+def itaml_cifar100():
+    """The four numbers on CIFAR-100, on the way and at the end."""
+    run = load("cifar100_itaml")[0]
+    classes = np.cumsum(run["increments"])
+    return table(["CIFAR-100", *[f"{classes[t]} classes" for t in (1, 4, 9)]], [
+        [name, *[f"{run[key][t]:.1f}" for t in (1, 4, 9)]] for name, key in FOUR])
+
+
+def itaml_published():
+    rows = measured("published")["itaml"]
+    return table(["data", "tasks", "p", "accuracy (%)", "measure"], [
+        [row["data"], row["tasks"], row["p"], f"{row['last']:.1f}", row["measure"]] for row in rows], left=2)
+
+
+# ALTA on the digits: name of the group, label, flags.
+CLIP_RUNS = [("sgd", "lower bound: ALTA without a memory", "--memory_size 0"),
+             *((name, label, f"--clip_method {name}") for name, label in (
+                 ("mlp", "adapter"), ("resmlp", "adapter, added to the image"),
+                 ("sprompt", "one context"), ("cprompt", "a context for each task"),
+                 ("cprompt_oriprompt", "… and the written prompt"),
+                 ("cprompt_mlp", "contexts and adapter, one cosine"),
+                 ("cprompt_resmlp", "… added to the image"),
+                 ("oriclip2cprompt_mlp", "two cosines, not crossed"))),
+             ("oritext_mlp2cprompt_oriimg", "ALTA: two cosines, crossed", ""),
+             ("constant", "ALTA, rate as released", "--schedule constant"),
+             ("all", "ALTA, classes to come compete", "--columns all"),
+             ("joint", "upper bound: ALTA, all classes at once",
+              "--memory_size 0 --num_bases 10 --num_epochs 100")]
+
+
+def alta():
+    untrained = measured("alta")["seeds"]["zero_shot"]  # of the same ten seeds
+    return summary_table([(label, flags, f"digits_alta_{name}") for name, label, flags in CLIP_RUNS],
+                         head=("what learns", "flags"),
+                         above=[["nothing: zero-shot", "", "", mean_std(untrained), ""]])
+
+
+def alta_speed():
+    found = measured("alta")
+    return table(["prompts of one step in the last of ten tasks", "seconds", "against the first"], [
+        [row["what"], f"{row['seconds']:.2f}", f"{found['prompts'][0]['seconds'] / row['seconds']:.1f} ×"]
+        for row in found["prompts"]])
+
+
+def ranks():
+    """What the ranks would replay together if each chose exemplars from its own augmented images."""
+    found = measured("ranks_cifar100")
+    counts = list(found["rows"][0]["different_images"])
+    names = {"none": "crop and flip"}
+    rows = [[names.get(row["aa"], "crop, flip and RandAugment"), f"{100 * row['shared_by_two']:.0f} %",
+             *[f"{row['different_images'][n]:.0f}" for n in counts]] for row in found["rows"]]
+    rows.append(["none: clean images, as here", "100 %", *[found["m"]] * len(counts)])
+    return table(["augmentation", "shared by two ranks",
+                  *[f"images kept by {n} rank" + "s" * (n != "1") for n in counts]], rows)
+
+
+def speed():
+    found = measured("speed")["compute"]
+    return table(["compute alone", "images per second", "against the first", "forward", "backward",
+                  "optimizer"], [
+        [row["what"], f"{row['images_per_second']:.0f}",
+         f"{row['images_per_second'] / found[0]['images_per_second']:.2f} ×",
+         *[f"{100 * row[part] / sum(row[p] for p in ('forward', 'backward', 'optimizer')):.0f} %"
+           for part in ("forward", "backward", "optimizer")]] for row in found])
+
+
+def loading():
+    return table(["`--aa`", "`--num_workers`", "images per second"], [
+        [f"`{row['aa']}`", row["num_workers"], f"{row['images_per_second']:.0f}"]
+        for row in measured("speed")["loading"]], left=2)
+
+
+def processes():
+    found = measured("speed")["launches"]
+    return table(["processes", "threads of each", "images per second", "against the first"], [
+        [row["processes"], row["threads"], f"{row['images_per_second']:.0f}",
+         f"{row['images_per_second'] / found[0]['images_per_second']:.2f} ×"] for row in found], left=2)
+
+
+TABLES = {f.__name__: f for f in (
+    digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
+    runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
+    cross_task_validation, cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
+    itaml_published, alta, alta_speed)}
+
+
+def value(name, key):
+    """One number of a measurement, or its mean over the runs of a group: `digits_wa gammas.0`."""
+    found = load(name) or [measured(name)]
+    for part in key.split("."):
+        found = [item[int(part) if part.lstrip("-").isdigit() else part] for item in found]
+    return np.mean(found)
+
+
+def fill(text):
+    """The text with each of its tables and numbers written anew."""
+    text = re.sub(r"(<!-- table (\w+) -->\n)(?:[^\n]+\n)*?(<!-- end -->)",
+                  lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], text)
+    return re.sub(r"(<!-- value (\S+) (\S+) -->)(\d+\.?(\d*))(<!-- end -->)",
+                  lambda m: f"{m[1]}{value(m[2], m[3]):.{len(m[5])}f}{m[6]}", text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", nargs="+", type=Path, help="output directories: print mean ± std")
+    given = parser.parse_args()
+    if given.seeds:
+        found = [json.loads((folder / "results.json").read_text()) for folder in given.seeds]
+        print(table([f"{len(found)} runs", *(title for _, title in SUMMARY)],
+                    [summary((found[0]["method"],), found)]))
+        return
+    for path in TEXTS:
+        path.write_text(fill(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
