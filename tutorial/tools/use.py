@@ -29,13 +29,13 @@ def load(path):
     args.device, args.distributed, args.pretrained = torch.device("cpu"), False, False
     model = CilModel(utils.create_backbone(args))
     for nb_classes in saved["increments"]:  # the shape first, then the weights
-        model.expand(nb_classes)
+        model.fc.expand(nb_classes)
     try:
         model.load_state_dict(saved["state_dict"])
     except RuntimeError:
         utils.fail(f"{path} holds no CilModel of template.py: another network needs its own loader")
     names = saved["class_names"][:sum(saved["increments"])]
-    return model.freeze(), utils.build_transform(args, train=False), names
+    return model.requires_grad_(False).eval(), utils.build_transform(args, train=False), names
 
 
 @torch.no_grad()
