@@ -13,7 +13,7 @@ from torch import nn
 import utils
 from template import CilTrainer, main
 from tutorial.methods import itaml_networks  # noqa: F401  (makes its networks known to timm)
-from tutorial.methods.itaml_inference import report, task_losses
+from tutorial.methods.itaml_inference import report, task_losses, tasks_of
 
 
 def outer_rate(task, nb_tasks, beta):
@@ -36,15 +36,16 @@ def inner_step(trainer, images, targets, count, parameters, optimizer):
     """One step on the images of one task: `count` on all ranks together, and maybe none on this.
     Returns the losses and logits of `task_losses`."""
     args, model, scaler = trainer.args, trainer.model, trainer.run.scaler
+    task_of = tasks_of(trainer)
     losses = torch.zeros(0, device=args.device)
-    logits = torch.zeros(0, len(trainer.task_of), device=args.device)
+    logits = torch.zeros(0, len(task_of), device=args.device)
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     # SyncBatchNorm (on several GPUs) waits for every rank, also for one without images.
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     model.train((count if synced else len(images)) > 1)  # one image has no statistics
     if len(images) or synced:
         with utils.autocast(args) if len(images) else contextlib.nullcontext():
-            losses, logits = task_losses(model, images, targets, trainer.task_of)
+            losses, logits = task_losses(model, images, targets, task_of)
     loss = scaler.scale(losses.sum() / count)
     if loss.requires_grad:
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -63,11 +64,6 @@ def inner_step(trainer, images, targets, count, parameters, optimizer):
 class ITAML(CilTrainer):
     """Inner steps for each task of a batch, and an outer step from the start towards their ends."""
 
-    @property
-    def task_of(self):
-        """The task of each class so far: (known + new,), on the device."""
-        return utils.task_of_class(self.run.increments[:self.task + 1]).to(self.args.device)
-
     def make_optimizer(self, parameters, num_epochs, lr):
         """RAdam or SGD, and a rate that falls at --milestones."""
         args = self.args
@@ -80,7 +76,7 @@ class ITAML(CilTrainer):
     def train_epoch(self, loader, optimizer):
         """For each batch the inner steps of one task after the other, then the outer step. Without
         DDP: ranks may hold images of different tasks, and would wait for each other for ever."""
-        args, paper = self.args, self.args.meta == "paper"
+        args, paper, task_of = self.args, self.args.meta == "paper", tasks_of(self)
         rate = outer_rate(self.task, len(self.run.increments), args.beta)
         shared = [p for p in self.model.backbone.parameters() if p.requires_grad]  # theta
         # The tasks' shares of a batch have ever new sizes, for each of which cudnn would look for
@@ -88,13 +84,13 @@ class ITAML(CilTrainer):
         torch.backends.cudnn.benchmark = False
         meter = utils.Meter(self, len(loader))
         for images, targets in utils.to_device(loader, args):  # (batch / ranks, 3, H, W)
-            tasks = self.task_of[targets]
+            tasks = task_of[targets]
             counts = torch.bincount(tasks, minlength=self.task + 1)
             if args.distributed:  # the tasks of the global batch, the same on every rank
                 dist.all_reduce(counts)
             start, ends = copies(shared), []
             losses = torch.zeros(len(targets), device=args.device)
-            logits = torch.zeros(len(targets), len(self.task_of), device=args.device)
+            logits = torch.zeros(len(targets), len(task_of), device=args.device)
             for task, count in enumerate(counts.tolist()):
                 if count == 0:
                     continue

@@ -14,6 +14,11 @@ import utils
 SIZES = (1, 5, 20)  # of the continua that are reported
 
 
+def tasks_of(trainer):
+    """The task of each class so far: (known + new,), on the device."""
+    return utils.task_of_class(trainer.run.increments[:trainer.task + 1]).to(trainer.args.device)
+
+
 def task_losses(model, images, targets, task_of):
     """Sigmoid BCE of each image, the mean over the outputs of its own task: (batch,); and the
     logits (batch, known + new), minus infinity outside of the own task."""
@@ -30,7 +35,8 @@ def adapt(trainer, task):
     model, args = copy.deepcopy(trainer.model), trainer.args
     if trainer.task == 0 or not trainer.exemplars:
         return model
-    classes = (trainer.task_of == task).nonzero()[:, 0].tolist()
+    task_of = tasks_of(trainer)
+    classes = (task_of == task).nonzero()[:, 0].tolist()
     images = trainer.exemplars[classes[0]].join([trainer.exemplars[c] for c in classes[1:]])
     # All images on every rank: a sampler for a world of one process.
     alone = argparse.Namespace(rank=0, world_size=1, batch_size=1)
@@ -40,7 +46,7 @@ def adapt(trainer, task):
     for x, y in utils.to_device(utils.make_batches(images, sampler, 64, args), args):
         if len(x) > 1:  # one image has no statistics for BatchNorm
             optimizer.zero_grad()
-            task_losses(model, x, y, trainer.task_of)[0].mean().backward()
+            task_losses(model, x, y, task_of)[0].mean().backward()
             optimizer.step()
     return model
 
@@ -66,7 +72,7 @@ def answer(trainer, task):
     the network that is adapted to this task finds the class among the task's."""
     with torch.enable_grad():
         adapted = adapt(trainer, task).eval()
-    args, model, task_of = trainer.args, trainer.model.eval(), trainer.task_of
+    args, model, task_of = trainer.args, trainer.model.eval(), tasks_of(trainer)
     tasks, test_set = range(trainer.task + 1), trainer.run.test_scenario.images(task)
 
     def row(images):
