@@ -3,10 +3,10 @@
     python tests/benchmark.py                   # CPU, bf16, about two minutes
     python tests/benchmark.py --device cuda
 
-The plain loop is what a first script looks like: float32, NCHW, `.item()` every step; it loads
-the same images through the same transforms. Both train ResNet-32 on batches of 128. The images
-are random, written as PNG files or held in memory, so no data set is needed. Read the ratios:
-absolute numbers change with whatever else the machine is doing.
+The plain loop is what a first script looks like: float32, NCHW, `.item()` every step, and images
+that are augmented one by one through PIL. Both train ResNet-32 on batches of 128. The images are
+random, written as PNG files or held in memory, so no data set is needed. Read the ratios: absolute
+numbers change with whatever else the machine is doing.
 """
 import argparse
 import sys
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -60,22 +61,24 @@ def main():
             for path, pixels in zip(paths, x):
                 Image.fromarray(pixels).save(path)
             x = np.array(paths, dtype=np.dtypes.StringDType())
-        measure(args, utils.ImageSet(x, y, args), size, mine)
+        measure(args, utils.ImageSet(utils.hold(x, True, args), y, args), utils.ImageSet(x, y, args),
+                size, mine)
 
 
-def measure(args, images, size, mine):
+def measure(args, images, as_they_come, size, mine):
     trainer = template.CilTrainer(args)
-    trainer.model.expand(50)
-    trainer.model.to(args.device)
+    trainer.expand_model(50, images)
     trainer.parallel_model, trainer.task, trainer.epoch = trainer.model, 0, 0
-    trainer.run = SimpleNamespace(increments=[50])
+    trainer.run = SimpleNamespace(increments=[50], scaler=torch.amp.GradScaler("cpu", enabled=False))
     loader = utils.train_loader(images, args)
-    optimizer = torch.optim.SGD(trainer.model.parameters(), 0.01, 0.9)
+    plain_loader = torch.utils.data.DataLoader(as_they_come, 128, shuffle=True, drop_last=True,
+                                               num_workers=mine.num_workers)
+    optimizer, _ = trainer.make_optimizer(trainer.model.parameters(), 1, 0.01)
     batch = next(utils.to_device(loader, args))
 
-    plain_args = SimpleNamespace(**{**vars(args), "amp": "none"})
-    plain_model = template.CilModel("resnet32")
-    plain_model.expand(50)
+    plain_args = argparse.Namespace(**{**vars(args), "amp": "none"})
+    plain_model = template.CilModel(timm.create_model("resnet32", num_classes=0))
+    plain_model.fc.expand(50)
     plain_model.to(args.device)
     plain_optimizer = torch.optim.SGD(plain_model.parameters(), 0.01, 0.9)
 
@@ -89,7 +92,7 @@ def measure(args, images, size, mine):
 
     def plain_epoch():
         plain_model.train()
-        for x, y in loader:
+        for x, y in plain_loader:
             plain_step(x.to(args.device), y.to(args.device))
 
     def compute():
@@ -111,17 +114,21 @@ def measure(args, images, size, mine):
     plain.args, plain.model = plain_args, plain_model
     plain.predict = lambda x: plain_model(x.contiguous())[0]
 
-    class Whole:  # evaluate() asks for the test images of all tasks so far
-        def __getitem__(self, _):
-            return images.x, images.y
+    def select(of):
+        return utils.select_exemplars(of, images, 20, template.herding)
 
-    trainer.run.test_scenario = Whole()  # of both: plain has the same run
+    def whole_pass(batches):
+        for _ in batches:
+            pass
+
+    # evaluate() asks for the test images of all tasks so far. (plain has the same run.)
+    trainer.run.test_scenario = SimpleNamespace(images=lambda tasks: images)
     rows = [
+        ("loading and augmenting", lambda: whole_pass(loader), lambda: whole_pass(plain_loader)),
         ("training, data included", lambda: trainer.train_epoch(loader, optimizer), plain_epoch),
         ("training, compute alone", compute, plain_compute),
         ("evaluation", lambda: utils.evaluate(trainer), lambda: utils.evaluate(plain)),
-        ("herding, 20 per class", lambda: utils.select_exemplars(trainer.model, images, 20, args),
-         lambda: utils.select_exemplars(plain_model, images, 20, plain_args)),
+        ("herding, 20 per class", lambda: select(trainer), lambda: select(plain)),
     ]
     threads = torch.get_num_threads()
     print(f"{args.device.type}, {threads} threads, {args.num_workers} workers, torch "
