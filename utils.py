@@ -1110,11 +1110,16 @@ class Run:
         if found and not self.may_continue(self.dir):
             raise InputError(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to "
                              "continue that run, or name another directory")
-        if found and found[0] != "checkpoint.pt" and not (self.dir / ".launch").exists():
-            raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on "
-                             "from; name another --output_dir")
         if found and found[0] == "checkpoint.pt":
             self.read_checkpoint(self.dir / "checkpoint.pt")
+        elif found:
+            results = self.dir / "results.json"
+            over = results.exists() and json.loads(results.read_text()).get("finished")
+            if over or not (self.dir / ".launch").exists():
+                raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go "
+                                 "on from; name another --output_dir")
+            # Our own run, ended before its first checkpoint: begin again.
+            (self.dir / "log.jsonl").unlink(missing_ok=True)
         write_file(self.dir / ".launch", launch_name().encode())
 
     def may_continue(self, folder):
