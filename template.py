@@ -22,8 +22,6 @@ from torch import nn, optim
 import utils
 
 
-# ---- the network that grows -----------------------------------------------------------------
-
 class CilClassifier(nn.Module):
     """One linear head per task: features (batch, embed_dim) -> logits (batch, classes so far)."""
 
@@ -37,10 +35,9 @@ class CilClassifier(nn.Module):
     def expand(self, nb_classes):
         """Add a head for nb_classes new classes; the old logits stay as they are."""
         self.heads.append(nn.Linear(self.embed_dim, nb_classes))
-        # Prototypes of length about 1 and no bias. torch's default is 0.58 and random biases: the
-        # new rows would still be shorter than the old ones after a short training, and alignment,
-        # which is to shorten them, would lengthen them (chapter 8). All ranks draw the same numbers
-        # here, since their generators have the same seed.
+        # Prototypes of length about 1, no bias. With torch's default, length 0.58, new rows are
+        # often still the shorter ones after training, and alignment makes them longer (chapter 8).
+        # On every rank the same numbers are drawn here.
         nn.init.kaiming_uniform_(self.heads[-1].weight, nonlinearity="linear")
         nn.init.zeros_(self.heads[-1].bias)
 
@@ -73,8 +70,6 @@ class CilModel(nn.Module):
         return gamma
 
 
-# ---- the three ingredients ------------------------------------------------------------------
-
 def herding(features, m):
     """The choice of exemplars (Algorithm 4 of Rebuffi et al., CVPR 2017, arXiv 1611.07725).
 
@@ -98,8 +93,6 @@ def knowledge_distillation(logits, teacher_logits, temperature):
                     F.softmax(teacher_logits / temperature, dim=1), reduction="batchmean")
 
 
-# ---- the steps of a task --------------------------------------------------------------------
-
 class CilTrainer:
     """WA. Every method below, but `fit`, is one step that another idea may override."""
 
@@ -109,10 +102,8 @@ class CilTrainer:
         self.args = args
         self.model = self.model_class(utils.create_backbone(args))
         # teacher: the frozen model of the task before. exemplars: an ImageSet for each known class,
-        # the most important image first (--memory_size 0: none). known_classes: their number,
-        # without this task's. resting: modules that do not learn now (utils.frozen).
-        # `main` adds: run (files and checkpoints), task (its number), nb_new (its classes), stage
-        # (how often it has called fit).
+        # most important image first. known_classes: without this task's. resting: see utils.frozen.
+        # `main` adds run (files), task (its number), nb_new (its classes), stage (its fits so far).
         self.teacher, self.exemplars, self.known_classes, self.resting = None, [], 0, []
 
     def expand_model(self, nb_new, new_data):
@@ -132,27 +123,26 @@ class CilTrainer:
         # Every rank holds the whole model. DDP averages the gradients during backward, so all
         # ranks take the same step. `self.model` is the same network without that wrapper.
         self.parallel_model = utils.distribute(self.model, self.args)
-        # A resumed run goes on after its last checkpoint, as if nothing had happened: all that is
-        # random in an epoch follows from (seed, task, stage, epoch) and, in the model, the rank.
+        # A resumed run goes on after its last checkpoint, as if nothing had happened, since all
+        # that is random in an epoch follows from (seed, task, stage, epoch).
         self.epoch = self.run.restore_fit(self, optimizer, scheduler, num_epochs)
-        while self.epoch < num_epochs and scheduler.get_last_lr()[0] > 0:
+        # A schedule may end the fit early, by a rate of 0.
+        while self.epoch < num_epochs and (self.epoch == 0 or scheduler.get_last_lr()[0] > 0):
             loader.sampler.seed = utils.seed_epoch(self)
             averages = self.train_epoch(loader, optimizer)
             scheduler.step()
             self.epoch += 1
-            # Makes BatchNorm's running averages equal on all ranks; rank 0 logs, and may save.
+            # BatchNorm's running averages become equal on all ranks; rank 0 logs, and may save.
             self.run.end_epoch(self, averages, optimizer, scheduler)
         self.stage += 1
 
     def make_loader(self, train_set):
         """Shuffled and augmented batches, of which each rank gets its share."""
-        # --batch_size counts the images of all ranks together, so the learning rate fits for
-        # every number of ranks.
+        # --batch_size counts the images of all ranks together: the rate fits any number of them.
         return utils.train_loader(train_set, self.args)
 
     def make_optimizer(self, parameters, num_epochs, lr):
         """SGD, fresh for each fit, and a schedule: the rate falls from lr to 0 along a cosine."""
-        # (The 0 is dampening, which is not used.)
         sgd = optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay, fused=True)
         return sgd, optim.lr_scheduler.CosineAnnealingLR(sgd, num_epochs)
 
@@ -177,7 +167,6 @@ class CilTrainer:
         dynamic = self.known_classes / logits.shape[1]
         weight = dynamic if self.args.lambda_kd == "dynamic" else self.args.lambda_kd
         if self.teacher is not None and weight > 0:
-            # The teacher is frozen, so no graph is kept of its answer.
             # No factor T^2, unlike in other papers: WA has none. At T = 2 it would make KD four
             # times as strong; digits came out worse with it (chapter 7).
             kd = knowledge_distillation(logits, self.teacher(images)[0], self.args.temperature)
@@ -190,9 +179,8 @@ class CilTrainer:
         m = self.args.memory_size // (sum(self.run.increments) if self.args.fixed_memory else seen)
         # Exemplars are kept in the order of their choice, so the first m are the best m.
         self.exemplars = [images.select(slice(m)) for images in self.exemplars]
-        # Each rank computes the features of a share of the clean images and gets those of all,
-        # so all ranks keep the same exemplars. From augmented images each rank would choose its
-        # own, and together they would silently replay several times --memory_size.
+        # From the features of clean images, which are the same on all ranks. From augmented ones
+        # each rank would choose its own: together several times --memory_size, silently.
         if len(self.exemplars) == self.known_classes:  # else chosen already, or no memory
             self.exemplars += utils.select_exemplars(self, new_data, m, herding)
 
@@ -206,8 +194,6 @@ class CilTrainer:
         # The bare model: no gradients here, so nothing for DDP to average.
         return self.model(images)[0]
 
-
-# ---- the run --------------------------------------------------------------------------------
 
 def main(args, Trainer=CilTrainer):
     """Learn the tasks one after the other; every rank runs this loop, in step with the others."""
@@ -231,7 +217,6 @@ def main(args, Trainer=CilTrainer):
             # Memory first, so that a method can use this task's exemplars in finish_task.
             trainer.update_memory(new_data)
             trainer.finish_task()
-            # On the test images of all tasks so far.
             run.end_task(trainer, utils.evaluate(trainer))
         # From now on these classes are old: the next model is to imitate this, aligned, one.
         trainer.teacher = utils.frozen_copy(trainer.model, args)

@@ -213,8 +213,8 @@ def setup(args):
     """
     args = fill_in(args)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
-    if args.num_workers is None:
-        args.num_workers = 0 if in_batches(args) else available_cores() // here
+    if args.num_workers is None:  # tiny images cost less to load than to pass between processes
+        args.num_workers = available_cores() // here if args.input_size > 16 else 0
     args.config = dict(vars(args))
     args.local_rank, args.rank, args.world_size = world_info_from_env()
     args.distributed = args.world_size > 1
@@ -795,21 +795,21 @@ def create_backbone(args):
         backbone = timm.layers.convert_sync_batchnorm(backbone)
     backbone = backbone.to(args.device, memory_format=torch.channels_last)
     if args.compile:
-        compile_backbone(backbone)
+        compile_backbone(backbone, args)
     return backbone
 
 
-def compile_backbone(backbone):
+def compile_backbone(backbone, args):
     """Compile the backbone, which never changes, unlike the heads on top of it. On CUDA its kernels
     are recorded as a graph, so that Python need not launch them one by one."""
-    backbone.compile(mode="reduce-overhead" if torch.cuda.is_available() else None)
+    backbone.compile(mode="reduce-overhead" if args.device.type == "cuda" else None)
 
 
 def frozen_copy(model, args):
     """A copy that learns nothing, BatchNorm's running averages included."""
     model = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
-        compile_backbone(model.backbone)
+        compile_backbone(model.backbone, args)
     return model
 
 
