@@ -310,6 +310,19 @@ def first_problem(problem, args):
     return next(filter(None, problems), None)
 
 
+def together(make, args):
+    """make() on every rank. Where it raises InputError on some, all end, with one line."""
+    made = problem = None
+    try:
+        made = make()
+    except InputError as error:
+        problem = error
+    problem = first_problem(problem and str(problem), args)
+    if problem:
+        fail(problem)
+    return made
+
+
 def rank_0_first(make, args):
     """make() on rank 0, then on the others, which find on disk what rank 0 downloaded. Returns what
     it made and None, or None and what went wrong (`first_problem`)."""
@@ -351,27 +364,28 @@ def load_digits():
 def load_folder(args):
     """DIR/train/<class>/* and DIR/{test,val}/<class>/*: [(paths, labels) of train, of test], names.
 
-    Class numbers follow the sorted folder names.
+    Class numbers follow the sorted folder names. Raises InputError.
     """
     root, splits, classes = Path(args.data_path), [], []
     for names in (["train"], ["test", "val"]):
         folders = [root / name for name in names if (root / name).is_dir()]
         if not folders:
-            fail(f"{root} has no folder {' or '.join(names)}: --data_path takes a folder with "
-                 "train/<class>/* and test/<class>/* (or val)")
+            raise InputError(f"{root} has no folder {' or '.join(names)}: --data_path takes a "
+                             "folder with train/<class>/* and test/<class>/* (or val)")
         # Some data sets have a test folder without classes beside val: the fuller one counts.
         folder = max(folders, key=lambda folder: sum(path.is_dir() for path in folder.iterdir()))
         try:
             images = ImageFolder(str(folder))
         except OSError as error:  # no class at all, a class without an image, no permission
-            fail(f"{folder}: {error}")
+            raise InputError(f"{folder}: {error}") from None
         # numpy's strings: a million Python objects would be copied into every loading worker.
         paths = np.array([path for path, _ in images.samples], dtype=np.dtypes.StringDType())
         splits.append((paths, np.array(images.targets)))
         classes.append(images.classes)
     if classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))
-        fail(f"{root}: train and test need the same classes; only one of them has {odd[:5]}")
+        raise InputError(f"{root}: train and test need the same classes; only one of them has "
+                         f"{odd[:5]}")
     if args.data_set == "imagenet100" and len(classes[0]) == 1000:  # the field's 100 of 1000
         keep = np.sort(np.random.RandomState(1993).permutation(1000)[:100])
         splits = [(x[np.isin(y, keep)], np.searchsorted(keep, y[np.isin(y, keep)]))
@@ -388,8 +402,9 @@ def load_package(args):
             source(args.data_path, train=train, download=args.rank == 0)
             for train in (True, False)], args)
     if problem:
-        fail(f"{args.data_set} is not in {args.data_path} and could not be downloaded ({problem}): "
-             "give --data_path a folder with its files, or with train/<class>/* and test/<class>/*")
+        raise InputError(f"{args.data_set} is not in {args.data_path} and could not be downloaded "
+                         f"({problem}): give --data_path a folder with its files, or with "
+                         "train/<class>/* and test/<class>/*")
     splits = [split.get_data()[:2] for split in found]
     splits = [(np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x, y) for x, y in splits]
     names = getattr(getattr(found[0], "dataset", None), "classes", None)  # SVHN has none
@@ -397,7 +412,8 @@ def load_package(args):
 
 
 def load_data(args):
-    """[(x, y) of train, (x, y) of test], class names. x: images (n, H, W, 3) uint8, or n paths."""
+    """[(x, y) of train, (x, y) of test], class names. x: images (n, H, W, 3) uint8, or n paths.
+    Raises InputError."""
     if args.data_set == "digits":
         return load_digits(), [str(i) for i in range(10)]
     if args.data_set in PACKAGES and not (Path(args.data_path) / "train").is_dir():
@@ -415,33 +431,43 @@ def open_image(source):
     return image.convert("RGB")
 
 
+def read(sources, args):
+    """Images scaled and cut to squares of --input_size: (n, S, S, 3) uint8. Raises InputError."""
+    size = args.input_size
+    square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+    pixels = torch.zeros(len(sources), size, size, 3, dtype=torch.uint8)
+    for i, source in enumerate(tqdm(sources, "reading", leave=False, disable=silent(args))):
+        try:
+            pixels[i] = torch.from_numpy(np.array(square(open_image(source))))
+        except Exception as error:
+            raise InputError(f"{source}: no image ({type(error).__name__}); mend or remove it")
+    return pixels
+
+
+def look_at(paths):
+    """Raises InputError if one of the files is no image, as far as its first bytes tell."""
+    for path in paths:
+        try:
+            Image.open(path).close()
+        except Exception as error:
+            raise InputError(f"{path}: no image ({type(error).__name__}); mend or remove it")
+
+
 def hold(x, fits, args):
     """Images as they are kept during a run. x: (n, H, W, 3) uint8, or n paths.
 
-    Those that fit are read once, scaled and cut to a square: (n, S, S, 3), a uint8 tensor, and, if
-    they are augmented there, on the GPU. Others stay as they are, but files must be images. (Of
-    more than 100,000 that would take minutes: there a broken one is named when its turn comes.)
+    Those that fit are read once: (n, S, S, 3), a uint8 tensor, and, if they are augmented there, on
+    the GPU. Of others each rank looks at a share of the files. (Of more than 100,000 that would
+    take minutes: there a broken one is named when its turn comes.)
     """
-    size, bar = args.input_size, dict(desc="reading", leave=False, disable=silent(args))
-    if x.ndim == 1 and (fits or len(x) <= 100_000) or fits and x.shape[1:3] != (size, size):
-        square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-        mine, problem = x[args.rank::args.world_size], None  # each rank reads a share
-        pixels = torch.zeros(len(mine) * fits, size, size, 3, dtype=torch.uint8)
-        for i, source in enumerate(tqdm(mine, **bar)):
-            try:
-                if fits:
-                    pixels[i] = torch.from_numpy(np.array(square(open_image(source))))
-                else:
-                    Image.open(source).close()
-            except Exception as error:
-                problem = f"{source}: no image ({type(error).__name__}); mend or remove it"
-                break
-        problem = first_problem(problem, args)
-        if problem:
-            fail(problem)
-        x = gather(pixels, len(x), args) if fits else x
-    x = torch.from_numpy(x) if isinstance(x, np.ndarray) and x.ndim == 4 else x
-    return x.to(args.device) if in_batches(args) and fits else x
+    mine, size = x[args.rank::args.world_size], args.input_size
+    if fits and (x.ndim == 1 or x.shape[1:3] != (size, size)):
+        x = gather(together(lambda: read(mine, args), args), len(x), args)
+    elif x.ndim == 1 and len(x) <= 100_000:
+        together(lambda: look_at(mine), args)
+    if isinstance(x, np.ndarray) and x.ndim == 4:
+        x = torch.from_numpy(x)
+    return x.to(args.device) if fits and in_batches(args) else x
 
 
 def get_class_order(args, nb_classes):
@@ -490,7 +516,7 @@ class Scenario(ClassIncremental):
 
 def build_scenarios(args):
     """Two `Scenario`s, train and test, with the same tasks."""
-    splits, class_names = load_data(args)
+    splits, class_names = together(lambda: load_data(args), args)  # not all machines may have it
     total, first = len(class_names), args.num_bases or args.increment
     if first > total or first < total < args.increment:
         fail(f"--num_bases {args.num_bases} --increment {args.increment}: {args.data_set} has "
@@ -1072,15 +1098,8 @@ class Run:
             "versions": {"trainer": VERSION, "python": sys.version.split()[0],
                          "torch": str(torch.__version__), "timm": timm.__version__,
                          "numpy": np.__version__}}
-        self.checkpoint = problem = None
-        if args.rank == 0:
-            try:
-                self.open_directory(method)
-            except InputError as error:
-                problem = str(error)
-        problem = first_problem(problem, args)
-        if problem:
-            fail(problem)
+        self.checkpoint = None
+        together(lambda: args.rank or self.open_directory(method), args)
         if args.distributed:  # what rank 0 read goes to all: only its machine needs the file
             box = [self.checkpoint]
             dist.broadcast_object_list(box, src=0)
@@ -1116,8 +1135,8 @@ class Run:
             results = self.dir / "results.json"
             over = results.exists() and json.loads(results.read_text()).get("finished")
             if over or not (self.dir / ".launch").exists():
-                raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go "
-                                 "on from; name another --output_dir")
+                raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to "
+                                 "go on from; name another --output_dir")
             # Our own run, ended before its first checkpoint: begin again.
             (self.dir / "log.jsonl").unlink(missing_ok=True)
         write_file(self.dir / ".launch", launch_name().encode())
