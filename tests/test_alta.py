@@ -27,19 +27,21 @@ ALTA = "oritext_mlp2cprompt_oriimg"
 def weights(tmp_path_factory):
     """A file of the tiny CLIP after a short training."""
     path = tmp_path_factory.mktemp("clip") / "tiny.pt"
-    args = utils.get_parser().parse_args([])
-    utils.setup(args)
+    args = utils.setup(utils.get_parser().parse_args([]))
     utils.write_tensors(path, tiny_clip.train(args, num_steps=30).state_dict())
     return path
 
 
+def set_up(*flags, visual="tiny"):
+    args = alta.get_parser().parse_args(list(flags))
+    args.visual, args.lr = visual, 0.01
+    return utils.setup(args)
+
+
 def make(weights, *flags, tasks=2):
     """A trainer in its second task, whose context and adapter have moved since the first ended."""
-    args = alta.get_parser().parse_args(["--clip_weights", str(weights), *flags])
-    args.visual, args.lr = "tiny", 0.01
-    utils.setup(args)
-    trainer = alta.ALTA(args)
-    trainer.train_scenario, test_scenario = utils.build_scenarios(args)
+    trainer = alta.ALTA(set_up(f"--clip_weights={weights}", *flags))
+    trainer.train_scenario, test_scenario = utils.build_scenarios(trainer.args)
     trainer.run = SimpleNamespace(
         increments=[2] * 5, test_scenario=test_scenario, results={"class_names": test_scenario.class_names})
     for trainer.task in range(tasks):
@@ -58,8 +60,8 @@ def move(model, seed):
 
 
 def batch(trainer, task=1, size=8):
-    images = utils.ImageSet(trainer.train_scenario[task], trainer.args)
-    return torch.stack([images[i][0] for i in range(size)]), torch.tensor(images.y[:size])
+    images = trainer.train_scenario.images(task)
+    return torch.stack([images[i, None][0] for i in range(size)]), torch.tensor(images.y[:size])
 
 
 def offer(trainer, task, size, columns="seen"):
@@ -84,10 +86,7 @@ def test_a_short_prompt_has_the_features_of_a_long_one(weights):
 
 
 def test_the_learnt_prompt_begins_as_the_written_one(weights):
-    args = alta.get_parser().parse_args(["--clip_weights", str(weights), "--clip_method=sprompt"])
-    args.visual = "tiny"
-    utils.setup(args)
-    model = alta.ALTA(args).model
+    model = alta.ALTA(set_up(f"--clip_weights={weights}", "--clip_method=sprompt")).model
     names = ["seven", "lawn mower"]
     model.set_classes(names, 0)
     model.expand(2)
@@ -109,7 +108,7 @@ def test_nothing_of_clip_learns_or_is_saved(weights):
     clip = trainer.model.train().towers.clip
     assert not clip.training and all(p.grad is None and not p.requires_grad for p in clip.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
-    assert trainer.model.copy().towers is trainer.model.towers
+    assert utils.frozen_copy(trainer.model, trainer.args).towers is trainer.model.towers
 
 
 def test_old_prompts_keep_the_context_of_the_end_of_their_task(weights):
@@ -156,8 +155,8 @@ def test_prompts_are_encoded_once_in_an_evaluation(weights, monkeypatch):
 def test_test_images_go_through_the_tower_once(weights, monkeypatch):
     """Their features are found again by the images' content; other images are encoded as they come."""
     trainer = make(weights)
-    test_set = utils.ImageSet(trainer.run.test_scenario[1:4], trainer.args)
-    images = torch.stack([test_set[i][0] for i in range(40)])
+    test_set = trainer.run.test_scenario.images(slice(1, 4))
+    images = torch.stack([test_set[i, None][0] for i in range(40)])
     direct = trainer.model(trainer.model.towers.encode_images(images))[0]
     calls, encode = [], clip_towers.ClipTowers.encode_images
     monkeypatch.setattr(clip_towers.ClipTowers, "encode_images",
@@ -316,12 +315,12 @@ def steps_of_rank(weights, folder):
         offer(trainer, task, 3)
     trainer.parallel_model = utils.distribute(trainer.model, args)
     optimizer = torch.optim.SGD(trainer.model.parameters(), 0.01)
-    images = utils.ImageSet(trainer.train_scenario[1], args)
+    images = trainer.train_scenario.images(1)
     for step in range(6):  # the first draw is of 6 samples, 3 for each of two ranks; then of 7 or 8
         trainer.model.memory.draw = lambda count, random: alta.Reservoir.draw(
             trainer.model.memory, 7 - 2 * (step == 0), random)  # an odd number
         rows = range(8 * step, 8 * step + 8)[args.rank::args.world_size]
-        loss, _ = trainer.compute_loss(torch.stack([images[i][0] for i in rows]),
+        loss, _ = trainer.compute_loss(torch.stack([images[i, None][0] for i in rows]),
                                        torch.tensor(images.y[list(rows)]))
         optimizer.zero_grad()
         loss.backward()
@@ -419,11 +418,10 @@ def test_joint_is_plain_training_on_one_task(weights, launch, tmp_path):
     trainer.task = 0
     trainer.run.increments = [10]
     trainer.expand_model(10, None)
-    train_set = utils.ImageSet(trainer.train_scenario[0], args)
+    loader = utils.train_loader(trainer.train_scenario.images(0), args)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.9, weight_decay=5e-4)
     for epoch in range(2):
-        loader = utils.train_loader(train_set, args)
-        loader.sampler.set_epoch(utils.set_seed(0, 0, 0, epoch))
+        loader.sampler.seed = utils.set_seed(args, 0, 0, epoch)
         for group in optimizer.param_groups:
             group["lr"] = 0.02 * (1 + np.cos(np.pi * epoch / 2)) / 2
         for images, targets in loader:
@@ -465,9 +463,9 @@ def run_and_die(task, epoch, flags):
 
     def dying(self, trainer, *rest):
         end_epoch(self, trainer, *rest)
-        if (trainer.args.rank, trainer.task + 1, trainer.epoch + 1) == (0, task, epoch):
+        if (trainer.args.rank, trainer.task + 1, trainer.epoch) == (0, task, epoch):
             os.kill(os.getpid(), signal.SIGKILL)
-    utils.Run.end_epoch = dying
+    utils.Run.end_epoch, utils.CHECKPOINT_SECONDS = dying, 0
     run_file(ROOT, "tutorial.methods.alta", flags)
 
 
@@ -483,10 +481,7 @@ def test_the_tiny_clip_can_be_kept_in_a_file(launch, tmp_path):
     saved = torch.load(tmp_path / "kept/tiny.pt", weights_only=True)
     again = launch(function=run_file, arguments=arguments)
     assert again.wait() == [2] and "is there already" in again.stderr()
-    args = alta.get_parser().parse_args(["--seed=3"])
-    args.visual = "tiny"
-    utils.setup(args)
-    clip = tiny_clip.train(args, num_steps=2)
+    clip = tiny_clip.train(set_up("--seed=3"), num_steps=2)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in clip.state_dict().items())
 
 
@@ -508,10 +503,7 @@ def small(tmp_path, monkeypatch, request):
     monkeypatch.setitem(clip_towers.VISUALS, request.param, 32)
     torch.manual_seed(5)
     clip = open_clip.create_model(f"{request.param}-quickgelu", pretrained=None)
-    args = alta.get_parser().parse_args(["--input_size=32", "--data_set=cifar10"])
-    args.visual, args.lr = request.param, 1.0
-    utils.setup(args)
-    return clip, args
+    return clip, set_up("--input_size=32", "--data_set=cifar10", visual=request.param)
 
 
 def program(clip):
