@@ -76,7 +76,7 @@ class CilModel(nn.Module):
 # ---- the three ingredients ------------------------------------------------------------------
 
 def herding(features, m):
-    """iCaRL's choice of exemplars (Rebuffi et al., CVPR 2017, Algorithm 4).
+    """The choice of exemplars (Algorithm 4 of Rebuffi et al., CVPR 2017, arXiv 1611.07725).
 
     features: (n, embed_dim), of one class. Returns min(m, n) row numbers, the most important
     first, so that a smaller memory is the beginning of a larger one."""

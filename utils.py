@@ -94,17 +94,15 @@ def fail(message, everywhere=True):
     Bad input is bad on every rank, and rank 0 speaks for all. everywhere=False: only this rank has
     seen it. The others notice that it left, and are silent (`report_unless_left`).
     """
-    joined = dist.is_available() and dist.is_initialized()
-    speaks = world_info_from_env()[1] == 0 or not everywhere
-    if not speaks and not joined:  # rank 0 says it and leaves, then torchrun ends us
-        time.sleep(60)
-        speaks = True  # nobody did
-    if speaks:
+    rank, joined = world_info_from_env()[1], dist.is_initialized()
+    if rank == 0 or not everywhere:
         tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
         sys.stderr.flush()
-    if joined and everywhere:
+    if everywhere and joined:
         dist.barrier()  # if one left first, torchrun would end rank 0 in the middle of its line
         dist.destroy_process_group()
+    elif everywhere and rank:
+        time.sleep(60)  # rank 0 leaves, and then torchrun ends this process
     sys.exit(2)
 
 
@@ -553,11 +551,11 @@ def build_transform(args, train):
     return transform
 
 
-def try_transform(args, times=6000):
+def try_transform(args, times=3000):
     """Augment a tiny image many times: Pillow 13 refuses what some strings of --aa ask for now and
     then (to keep 0 bits of a picture), and that shall not come up after hours."""
     steps, image = build_transform(args, train=True).transforms, Image.new("RGB", (8, 8))
-    set_seed(args)
+    timm.utils.random_seed(0)
     for step in steps:
         for _ in range(times * (type(step).__module__ == "timm.data.auto_augment")):
             step(image)
@@ -1112,11 +1110,16 @@ class Run:
         if found and not self.may_continue(self.dir):
             raise InputError(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to "
                              "continue that run, or name another directory")
-        if found and found[0] != "checkpoint.pt" and not (self.dir / ".launch").exists():
-            raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on "
-                             "from; name another --output_dir")
         if found and found[0] == "checkpoint.pt":
             self.read_checkpoint(self.dir / "checkpoint.pt")
+        elif found:
+            results = self.dir / "results.json"
+            over = results.exists() and json.loads(results.read_text()).get("finished")
+            if over or not (self.dir / ".launch").exists():
+                raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go "
+                                 "on from; name another --output_dir")
+            # Our own run, ended before its first checkpoint: begin again.
+            (self.dir / "log.jsonl").unlink(missing_ok=True)
         write_file(self.dir / ".launch", launch_name().encode())
 
     def may_continue(self, folder):

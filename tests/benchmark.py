@@ -49,8 +49,7 @@ def main():
     mine = parser.parse_args()
     flags = ["--data_set=cifar100", f"--aa={mine.aa}", "--amp=bf16", f"--device={mine.device}",
              f"--num_workers={mine.num_workers}"]
-    args = utils.get_parser().parse_args(flags)
-    utils.setup(args)
+    args = utils.setup(utils.get_parser().parse_args(flags))
     size = 128 * mine.steps
     draw = np.random.RandomState(0)
     x = draw.randint(0, 256, (size, 32, 32, 3)).astype(np.uint8)
@@ -60,8 +59,8 @@ def main():
             paths = [f"{folder}/{i}.png" for i in range(size)]
             for path, pixels in zip(paths, x):
                 Image.fromarray(pixels).save(path)
-            x = np.array(paths)
-        measure(args, utils.ImageSet((x, y), args), size, mine)
+            x = np.array(paths, dtype=np.dtypes.StringDType())
+        measure(args, utils.ImageSet(x, y, args), size, mine)
 
 
 def measure(args, images, size, mine):

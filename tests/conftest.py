@@ -43,9 +43,12 @@ def child(function, arguments, folder, env, out, err):
         os._exit(1)
 
 
-def run_template(flags):
+def run_template(flags, seconds=30):
+    """A run of template.py that writes a checkpoint at the end of an epoch if the last one is
+    older than so many seconds."""
     import template
     import utils
+    utils.CHECKPOINT_SECONDS = seconds
     template.main(utils.get_parser().parse_args(flags))
 
 
@@ -111,8 +114,11 @@ def launch(tmp_path):
     """launch(flags…, processes=N): a run of template.py. launch(function=f, arguments=…): of f."""
     started = []
 
-    def start(*flags, processes=1, function=run_template, arguments=None, env={}, folder=tmp_path):
-        arguments = ([str(flag) for flag in flags],) if arguments is None else arguments
+    def start(*flags, processes=1, function=run_template, arguments=None, env={}, folder=tmp_path,
+              seconds=30):
+        if arguments is None:
+            arguments = ([str(flag) for flag in flags],)
+            arguments += (seconds,) if function is run_template else ()
         started.append(Launch(folder, function, arguments, processes, env))
         return started[-1]
 

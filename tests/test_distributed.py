@@ -15,22 +15,21 @@ def examine(flags, folder):
     """In each process: one trainer, its metrics and exemplars, written to folder/N_rank.json."""
     import template
     import utils
-    args = utils.get_parser().parse_args(flags)
-    utils.setup(args)
+    args = utils.setup(utils.get_parser().parse_args(flags))
     train, test = utils.build_scenarios(args)
     trainer = template.CilTrainer(args)
     trainer.run = SimpleNamespace(increments=train.increments, test_scenario=test)
     trainer.task, trainer.nb_new = 0, train.increments[0]
     trainer.expand_model(trainer.nb_new, None)
     scores = utils.evaluate(trainer)
-    new_data = utils.ImageSet(train[0], args)
+    new_data = train.images(0)
     features = utils.extract_features(trainer.model, new_data, args)
     torch.manual_seed(args.rank)  # even if the ranks drew different numbers
     trainer.update_memory(new_data)
     with open(f"{folder}/{args.world_size}_{args.rank}.json", "w") as file:
-        json.dump({"scores": scores, "images": len(utils.ImageSet(test[0], args)),
+        json.dump({"scores": scores, "images": len(test.images(0)),
                    "features": features.numpy().tobytes().hex(), "shape": list(features.shape),
-                   "exemplars": [e.x.tolist() for e in trainer.exemplars]}, file)
+                   "exemplars": [e.rows.tolist() for e in trainer.exemplars]}, file)
 
 
 @pytest.mark.parametrize("herding", ["barycenter", "random"])

@@ -87,8 +87,7 @@ def test_flags_that_cannot_be(refused, flags, words):
 
 
 def problems_of_two_ranks(folder):
-    args = utils.get_parser().parse_args([])
-    utils.setup(args)
+    args = utils.setup(utils.get_parser().parse_args([]))
     heard = [utils.first_problem(problem, args) for problem in (
         None, "x" if args.rank == 1 else None, "y" if args.rank == 0 else None, f"z{args.rank}")]
     Path(folder, f"rank{args.rank}").write_text(json.dumps(heard))
@@ -164,15 +163,25 @@ def test_file_that_is_no_image(refused, image_folder):
     assert str(folder / "train/red/note.png") in error
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_truncated_image_is_named_when_its_turn_comes(launch, image_folder, workers):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_truncated_small_image_is_named_before_training(refused, image_folder, processes):
     folder = image_folder(size=64)
+    file = folder / "test/red/1.png"
+    file.write_bytes(file.read_bytes()[:3000])
+    assert f"{file}: no image (OSError" in refused(*FOLDER, f"--data_path={folder}", processes=processes)
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 1), (2, 0)])
+def test_a_truncated_large_image_is_named_when_its_turn_comes(launch, image_folder, processes, workers):
+    """By the rank that meets it; the other, which loses it in the middle of a step, is silent."""
+    folder = image_folder(size=72)
     file = folder / "train/red/3.png"
     file.write_bytes(file.read_bytes()[:3000])
-    started = launch(*FOLDER, f"--data_path={folder}", f"--num_workers={workers}")
-    assert started.wait() == [2]
-    assert started.stderr().count("\n") == 1
-    assert started.stderr().startswith(f"error: {file}: OSError: ")
+    started = launch(*FOLDER, "--input_size=72", f"--data_path={folder}", f"--num_workers={workers}",
+                     processes=processes)
+    assert 2 in started.wait()
+    assert started.stderr().startswith(f"error: {file}: OSError: "), started.stderr()
+    assert started.stderr().count("\n") == 1, started.stderr()
 
 
 def test_test_folder_without_classes_beside_val(finish, image_folder, tmp_path):

@@ -54,7 +54,8 @@ def test_killed_at_any_moment(launch, finish, tmp_path, reference):
     """
     draw, kills = random.Random(0), 0
     for _ in range(60):
-        started = launch(*SHORT, "--output_dir=run", "--resume")
+        # A checkpoint after every epoch, or as by default, which here is after every task.
+        started = launch(*SHORT, "--output_dir=run", "--resume", seconds=draw.choice((0, 30)))
         time.sleep(draw.uniform(0.1, 1.4))
         if started.processes[0].is_alive():
             started.kill()
@@ -70,11 +71,13 @@ def test_killed_at_any_moment(launch, finish, tmp_path, reference):
     assert log_lines(tmp_path / "run") == log_lines(reference[0])
 
 
+@pytest.mark.parametrize("seconds", [0, 30])
 @pytest.mark.parametrize("moment", ["epoch 1", "epoch 3", "epoch 6", "task 2"])
-def test_killed_at_a_chosen_moment(launch, finish, tmp_path, reference, moment):
-    """Right after a checkpoint in each task, and between herding and the next checkpoint."""
+def test_killed_at_a_chosen_moment(launch, finish, tmp_path, reference, moment, seconds):
+    """In and after a task, with a checkpoint after every epoch and with the one of the task before
+    (for epoch 1: with none); and between herding and the next checkpoint."""
     what, number = moment.split()
-    started = launch(*SHORT, "--output_dir=run")
+    started = launch(*SHORT, "--output_dir=run", seconds=seconds)
     file, number = ("log.jsonl", int(number)) if what == "epoch" else ("results.json", int(number))
 
     def reached():
@@ -88,8 +91,27 @@ def test_killed_at_a_chosen_moment(launch, finish, tmp_path, reference, moment):
             break
         time.sleep(0.005)
     started.kill()
+    with open(tmp_path / "run/log.jsonl", "a") as log:
+        log.write('{"task": 1, "torn')  # as if killed while writing
     assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
     assert same_model(tmp_path / "run", reference[0])
+    assert log_lines(tmp_path / "run") == log_lines(reference[0])
+
+
+def test_checkpoints_are_written_at_the_end_of_a_fit_and_every_half_minute(finish, tmp_path, monkeypatch):
+    import template
+    import utils
+    monkeypatch.chdir(tmp_path)
+    for name, seconds, expected in (("often", 0, [1, 2, 3] * 3), ("seldom", 30, [3] * 3)):
+        written, write = [], utils.write_tensors
+        with monkeypatch.context() as patch:
+            patch.setattr(utils, "CHECKPOINT_SECONDS", seconds)
+            patch.setattr(utils, "write_tensors", lambda path, content: (
+                written.append(content.get("epoch")), write(path, content)))
+            template.main(utils.get_parser().parse_args([
+                *SHORT, "--num_epochs=3", "--device=cpu", f"--output_dir={name}"]))
+        assert written == [*expected, None]  # the last one is model.pt
+    assert log_lines(tmp_path / "often") == log_lines(tmp_path / "seldom")
 
 
 def test_stop_after_task_and_resume(finish, tmp_path, reference):
@@ -110,16 +132,23 @@ def test_resume_on_another_number_of_processes(finish, tmp_path, reference):
     assert len(log_lines(tmp_path / "run")) == 6
 
 
-def test_resume_of_folder_data(finish, image_folder, tmp_path):
-    """Exemplars of folder data are paths, also in the checkpoint."""
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_resume_of_folder_data(launch, finish, image_folder, tmp_path, in_memory):
+    """A checkpoint holds the numbers of the exemplars, not their pixels, and knows its data set."""
     flags = ["--data_set=image_folder", f"--data_path={image_folder()}", "--backbone=resnet20",
              "--input_size=16", "--num_bases=2", "--increment=1", "--batch_size=4", "--num_epochs=2",
              "--memory_size=9", "--aa=none", "--no_plots", "--num_workers=0"]
+    flags += [] if in_memory else ["--reprob=0.3"]  # augmented one by one
     whole = finish(*flags, "--output_dir=whole")
     finish(*flags, "--output_dir=run", "--stop_after_task=2")
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert all(isinstance(path, str) for paths, _ in saved["exemplars"] for path in paths)
+    # After the last checkpoint, at the end of the second fit, the third class was added.
+    assert [len(rows) for rows in saved["exemplars"]] == [4, 4]
     assert finish(*flags, "--output_dir=run", "--resume") == whole
+    image = tmp_path / "images/train/red/0.png"
+    image.rename(image.with_name("another.png"))
+    started = launch(*flags, "--output_dir=run", "--resume")
+    assert started.wait() == [2] and "other images" in started.stderr()
 
 
 def test_killed_with_loading_processes(launch, finish, image_folder, tmp_path):

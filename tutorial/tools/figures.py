@@ -608,7 +608,7 @@ def draw_transforms(data_path):
         y = 3.8 - 1.24 * row
         axes.text(1.75, y + 0.5, name, fontsize=11, va="center")
         for k in range(4):
-            utils.set_seed(k + 20)
+            timm.utils.random_seed(k + 20)
             done = transforms.Compose(steps)(image)
             pixels = done.permute(1, 2, 0).clamp(0, 1).numpy() if hasattr(done, "permute") else done
             put(axes, pixels, 3.3 + 1.18 * k, y, 1.1)

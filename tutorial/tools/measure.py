@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 import utils
-from template import CilTrainer
+from template import CilTrainer, herding
 from tutorial.tools.use import load
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -45,7 +45,7 @@ def load_run(mine):
     results = json.loads((mine.run / "results.json").read_text())
     args = argparse.Namespace(**results["args"])
     args.data_path, args.device = mine.data_path or args.data_path, "cpu"
-    utils.setup(args)
+    args = utils.setup(args)
     model, _, _ = load(mine.run / "model.pt")
     return args, results, model, utils.build_scenarios(args)[0]
 
@@ -64,12 +64,12 @@ def exemplars(mine, draws=200):
     """How close the mean of m exemplars comes to the class mean, for the first class learned, and
     a flat picture (PCA) of its features with the first ten choices of herding."""
     args, results, model, scenario = load_run(mine)
-    images = utils.ImageSet(scenario[0], args)
+    images = scenario.images(0)
     images = images.select(np.flatnonzero(images.y == 0))
     raw = utils.extract_features(model, images, args)
     features = torch.nn.functional.normalize(raw)
     mean, n = features.mean(0), len(features)
-    order = {"herding": utils.herding(raw, n),  # as utils.select_exemplars chooses
+    order = {"herding": herding(raw, n),  # as utils.select_exemplars chooses
              "cluster": (raw - raw.mean(0)).norm(dim=1).argsort(stable=True)}
 
     def distances(rows):  # of the mean of the first 1, 2, ..., n rows to the class mean
@@ -94,10 +94,10 @@ def ranks(mine, m=20, processes=8):
     """The naive way: every rank herds from features of its own augmented images. One process
     plays all ranks, which differ in the seeds of their augmentations alone."""
     args, results, model, scenario = load_run(mine)
-    new_data, rows = utils.ImageSet(scenario[len(results["increments"]) - 1], args), []
+    new_data, rows = scenario.images(len(results["increments"]) - 1), []
     for aa in sorted({"none", args.aa, "rand-m9-mstd0.5-inc1-mmax9"}):
         args.aa = aa
-        images = utils.ImageSet((new_data.x, new_data.y), args)
+        images = utils.ImageSet(new_data.x, new_data.y, args)
         chosen = []  # of each rank: a set of rows for each class
         for rank in range(processes):
             seeds = np.random.SeedSequence([rank]).generate_state(len(images)).tolist()
@@ -107,7 +107,7 @@ def ranks(mine, m=20, processes=8):
                 batches = [model(x)[1].float() for x, _ in utils.to_device(loader, args)]
             features = torch.cat(batches)
             classes = [np.flatnonzero(images.y == label) for label in np.unique(images.y)]
-            chosen.append([set(c[utils.herding(features[c], m).numpy()]) for c in classes])
+            chosen.append([set(c[herding(features[c], m)]) for c in classes])
         shared = [len(a & b) / m for one, other in itertools.combinations(chosen, 2)
                   for a, b in zip(one, other)]
         rows.append({"aa": aa, "shared_by_two": float(np.mean(shared)), "different_images": {
@@ -121,8 +121,8 @@ def speed(mine, steps=20, rounds=3):
     """Images per second of ResNet-32 on batches of 128 images of 32 x 32, one change at a time,
     and the parts of a step. Alternating rounds, the median of each: the ratios are what counts."""
     torch.manual_seed(0)
-    args = utils.get_parser().parse_args(["--data_set=cifar100", "--num_workers=0", "--device=cpu"])
-    utils.setup(args)
+    args = utils.setup(utils.get_parser().parse_args(
+        ["--data_set=cifar100", "--num_workers=0", "--device=cpu"]))
     cores = utils.available_cores()
     torch.set_num_threads(cores)
     pixels = np.random.RandomState(0).randint(0, 256, (128 * steps, 32, 32, 3)).astype(np.uint8)
@@ -132,9 +132,9 @@ def speed(mine, steps=20, rounds=3):
         """One training step on a fixed batch, and the seconds of its parts."""
         one = SimpleNamespace(**{**vars(args), "amp": amp, "compile": compiled})
         trainer = CilTrainer(one)
-        trainer.model.expand(50)
+        trainer.model.fc.expand(50)
         trainer.model.to(memory_format=layout)
-        optimizer = torch.optim.SGD(trainer.model.parameters(), 0.01, 0.9)
+        optimizer, _ = trainer.make_optimizer(trainer.model.parameters(), 1, 0.01)
         trainer.parallel_model = utils.distribute(trainer.model, one)
         images = torch.randn(128, 3, 32, 32).to(memory_format=layout)
         targets = torch.from_numpy(y[:128])
@@ -172,7 +172,7 @@ def speed(mine, steps=20, rounds=3):
     loading = []
     for aa, workers in itertools.product(("none", "rand-m9-mstd0.5-inc1-mmax9"), (0, 1, 2)):
         one = argparse.Namespace(**{**vars(args), "aa": aa, "num_workers": workers})
-        loader = utils.train_loader(utils.ImageSet((pixels, y), one), one)
+        loader = utils.train_loader(utils.ImageSet(pixels, y, one), one)
         times = []
         for _ in range(rounds):
             for batch in loader:  # the workers' start is not counted: they persist
@@ -213,10 +213,10 @@ def alta(mine, rounds=3):
     from tutorial.methods import alta, clip_towers, tiny_clip
     args = alta.get_parser().parse_args(["--device=cpu"])
     args.visual, args.lr = "tiny", 0.002
-    utils.setup(args)
+    args = utils.setup(args)
     torch.set_num_threads(1)
     accuracy = {"zero_shot": [], "zero_shot_even": []}
-    test_set = utils.ImageSet(utils.load_digits()[1], args)
+    test_set = utils.ImageSet(*utils.load_digits()[1], args)
     for args.seed in range(10):
         towers = clip_towers.ClipTowers(tiny_clip.train(args), args)
         with torch.no_grad():

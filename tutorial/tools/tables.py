@@ -220,12 +220,25 @@ MEMORIES = [("growing", "3 per class", "--fixed_memory"),
 LOSSES = [("all", "+CTF", BLUE), ("own", "-CTF", ORANGE)]
 
 
+def class_weighted(accuracies, increments):
+    """The mean of the tasks' accuracies, of which each counts by its number of classes."""
+    return float(np.average(accuracies, weights=increments[:len(accuracies)]))
+
+
+def cumulative_forgetting(matrix):
+    """Mean over k < T of max_{t<=T} b[t][k] - b[T][k], percent points, at least 0 (Soutif et al.,
+    2021, arXiv 2106.11930). matrix: b, the cumulative accuracies; row t has t + 1 entries."""
+    last = len(matrix) - 1
+    drops = [max(row[k] for row in matrix[k:]) - matrix[last][k] for k in range(last)]
+    return sum(drops) / len(drops) if drops else 0.0
+
+
 def causes(runs):
     """Four numbers after the last task: accuracy, its two causes, and cumulative forgetting."""
     return [mean_std([run["last_accuracy"] for run in runs]),
             mean_std([run["task_inference"][-1] for run in runs]),
-            mean_std([run["class_weighted_task_aware"][-1] for run in runs]),
-            mean_std([run["cumulative_forgetting"] for run in runs])]
+            mean_std([class_weighted(run["task_aware_matrix"][-1], run["increments"]) for run in runs]),
+            mean_std([cumulative_forgetting(run["cumulative_matrix"]) for run in runs])]
 
 
 CAUSES = ["last (%)", "task inference (%)", "task-aware (%)", "cumulative forgetting (points)"]
@@ -403,6 +416,8 @@ TABLES = {f.__name__: f for f in (
 def value(name, key):
     """One number of a measurement, or its mean over the runs of a group: `digits_wa gammas.0`."""
     found = load(name) or [measured(name)]
+    if key == "cumulative_forgetting":  # follows from another entry
+        return np.mean([cumulative_forgetting(run["cumulative_matrix"]) for run in found])
     for part in key.split("."):
         found = [item[int(part) if part.lstrip("-").isdigit() else part] for item in found]
     return np.mean(found)

@@ -26,7 +26,8 @@ def load(path):
         args = argparse.Namespace(**saved["args"])
     except Exception as error:
         utils.fail(f"{path} is no model.pt of a finished run ({type(error).__name__})")
-    args.device, args.distributed, args.pretrained = torch.device("cpu"), False, False
+    args.device, args.distributed = torch.device("cpu"), False
+    args.pretrained = args.compile = False
     model = CilModel(utils.create_backbone(args))
     for nb_classes in saved["increments"]:  # the shape first, then the weights
         model.fc.expand(nb_classes)
