@@ -64,14 +64,12 @@ def continuum(best, told, tasks, p):
     return found & told, found
 
 
-@torch.no_grad()
 def answer(trainer, task):
     """best (n, tasks), base (n,), told (n,) for the n test images of a task, in a seeded order.
 
     best: each task's largest logit; base: whether the largest of all logits is right; told: whether
     the network that is adapted to this task finds the class among the task's."""
-    with torch.enable_grad():
-        adapted = adapt(trainer, task).eval()
+    adapted = adapt(trainer, task).eval()
     args, model, task_of = trainer.args, trainer.model.eval(), tasks_of(trainer)
     tasks, test_set = range(trainer.task + 1), trainer.run.test_scenario.images(task)
 

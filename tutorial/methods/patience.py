@@ -7,7 +7,6 @@ different numbers of batches.
 """
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import utils
 from template import CilTrainer
@@ -39,9 +38,7 @@ class BestWeights(torch.optim.lr_scheduler.ReduceLROnPlateau):
             self._last_lr = [0.0] * len(self._last_lr)
 
     def state_dict(self):
-        state = super().state_dict()
-        del state["trainer"]
-        return state
+        return {name: x for name, x in super().state_dict().items() if name != "trainer"}
 
 
 @torch.no_grad()
@@ -57,7 +54,7 @@ def validation_loss(trainer):
             loss = trainer.compute_loss(images, targets)[0].float()
         sums += torch.stack([loss * len(targets), torch.ones_like(loss) * len(targets)])
     if args.distributed:
-        dist.all_reduce(sums)
+        torch.distributed.all_reduce(sums)
     return float(sums[0] / sums[1])
 
 
@@ -69,21 +66,20 @@ class Patience(CilTrainer):
     def expand_model(self, nb_new, new_data):
         """Take the validation images out of new_data, before anything learns or chooses from it."""
         if self.args.patience:
-            draw, held = np.random.RandomState([self.args.seed, self.task]), []
+            draw = np.random.RandomState([self.args.seed, self.task])
+            held = np.zeros(len(new_data), dtype=bool)
             for c in np.unique(new_data.y):  # the same on every rank, and again after a resume
                 rows = draw.permutation(np.flatnonzero(new_data.y == c))
                 share = max(1, round(len(rows) * self.args.validation_share))
-                held.append(rows[:min(share, len(rows) - 1)])
-            held = np.isin(np.arange(len(new_data)), np.concatenate(held))
+                held[rows[:min(share, len(rows) - 1)]] = True
             self.validation = [*self.validation, new_data.select(held)]
             vars(new_data).update(vars(new_data.select(~held)))
         super().expand_model(nb_new, new_data)
 
     def make_optimizer(self, parameters, num_epochs, lr):
         """Without --patience the template's schedule."""
-        optimizer, scheduler = super().make_optimizer(parameters, num_epochs, lr)
-        if self.args.patience:
-            scheduler = BestWeights(optimizer, self, num_epochs)
+        optimizer, cosine = super().make_optimizer(parameters, num_epochs, lr)
+        scheduler = BestWeights(optimizer, self, num_epochs) if self.args.patience else cosine
         return optimizer, scheduler
 
     def train_epoch(self, loader, optimizer):
