@@ -472,13 +472,13 @@ def hold(x, fits, args):
 
 def get_class_order(args, nb_classes):
     """The classes in the order in which they are learned: a list of class numbers."""
-    seeds = {"default": 1993, "seed": args.seed}
-    if args.class_order in seeds:
-        return np.random.RandomState(seeds[args.class_order]).permutation(nb_classes).tolist()
-    order = args.class_order  # natural, a file, or from Python the list itself
+    order = args.class_order  # default, seed, natural, a file, or from Python the list itself
+    if order in ("default", "seed"):
+        seed = 1993 if order == "default" else args.seed
+        return np.random.RandomState(seed).permutation(nb_classes).tolist()
     if order == "natural":
-        order = list(range(nb_classes))
-    elif isinstance(order, str):
+        return list(range(nb_classes))
+    if isinstance(order, str):
         try:
             order = [int(word) for word in re.findall(r"[^\s,\[\]]+", Path(order).read_text())]
         except (OSError, ValueError):

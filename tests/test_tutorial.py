@@ -255,7 +255,8 @@ def test_every_picture_is_drawn_from_the_files_and_used(tmp_path, monkeypatch):
 
 
 # Arguments that say where and how a run was made, or what ALTA found there.
-OF_THE_MACHINE = {"data_path", "num_workers", "output_dir", "plots", "device", "clip", "clip_weights"}
+OF_THE_MACHINE = {"data_path", "num_workers", "output_dir", "plots", "device", "clip", "clip_weights",
+                  "stop_after_task"}
 
 
 def test_every_group_is_in_the_list_and_its_command_gives_the_arguments_of_its_runs():
@@ -264,7 +265,7 @@ def test_every_group_is_in_the_list_and_its_command_gives_the_arguments_of_its_r
         own = not program.endswith(".py")
         module = importlib.import_module(f"tutorial.methods.{program}") if own else utils
         args = module.get_parser().parse_args(flags.split())
-        utils.fill_in(args)
+        args = utils.fill_in(args)
         runs = reproduce.load(name)
         assert [run["args"]["seed"] for run in runs] == list(seeds), name
         for run in runs:
@@ -418,12 +419,11 @@ def test_feature_kd_runs_and_its_loss_is_its_formula(tmp_path, launch):
     assert results["method"] == "FeatureKD" and results["args"]["feature_weight"] == 2
 
     from tutorial.methods.feature_kd import FeatureKD
-    args = utils.get_parser().parse_args([])
-    utils.setup(args)
+    args = utils.setup(utils.get_parser().parse_args([]))
     args.feature_weight = 2.0
     trainer = FeatureKD(args)
-    trainer.model.expand(4)
-    trainer.teacher = trainer.model.copy().freeze()
+    trainer.model.fc.expand(4)
+    trainer.teacher = utils.frozen_copy(trainer.model, args)
     trainer.parallel_model = trainer.model.eval()
     for weight in trainer.model.backbone.parameters():
         weight.data += 0.05 * torch.randn_like(weight)
@@ -560,12 +560,11 @@ def test_the_variants_of_wa_do_what_they_say(tmp_path, launch):
     heads = [weight for name, weight in weights.items() if "heads" in name and "weight" in name]
     assert len(heads) == 3 and all((head >= 0).all() and (head == 0).any() for head in heads)
 
-    args = utils.get_parser().parse_args(["--temperature=3"])
-    utils.setup(args)
+    args = utils.setup(utils.get_parser().parse_args(["--temperature=3"]))
     trainer = TSquaredWA(args)
-    trainer.model.expand(4)
-    trainer.teacher, trainer.known_classes = trainer.model.copy().freeze(), 4
-    trainer.model.expand(2)
+    trainer.model.fc.expand(4)
+    trainer.teacher, trainer.known_classes = utils.frozen_copy(trainer.model, args), 4
+    trainer.model.fc.expand(2)
     trainer.parallel_model = trainer.model.eval()
     for weight in trainer.model.backbone.parameters():
         weight.data += 0.05 * torch.randn_like(weight)

@@ -1,5 +1,4 @@
 """The two networks of iTAML's released code, made known to timm: `mlp400` and `thin_resnet18`."""
-import torch
 import torch.nn.functional as F
 from timm.models import register_model
 from torch import nn

@@ -69,7 +69,7 @@ def exemplars(mine, draws=200):
     raw = utils.extract_features(model, images, args)
     features = torch.nn.functional.normalize(raw)
     mean, n = features.mean(0), len(features)
-    order = {"herding": herding(raw, n),  # as utils.select_exemplars chooses
+    order = {"herding": torch.tensor(herding(raw, n)),  # as utils.select_exemplars chooses
              "cluster": (raw - raw.mean(0)).norm(dim=1).argsort(stable=True)}
 
     def distances(rows):  # of the mean of the first 1, 2, ..., n rows to the class mean
