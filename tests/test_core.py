@@ -647,6 +647,8 @@ def test_size_and_comments_of_the_template():
     for file in ("template.py", "utils.py", "resnet.py"):
         assert max(map(len, (ROOT / file).read_text().splitlines())) <= 100, file
     assert f"in {code} commented lines of code" in (ROOT / "README.md").read_text()
+    utils_code = lines_of_code(ROOT / "utils.py")[0]
+    assert f"about {round(utils_code, -1)} lines of code" in (ROOT / "README.md").read_text()
 
 
 def test_the_template_is_complete_and_names_no_other_method():
@@ -664,6 +666,9 @@ def test_the_template_is_complete_and_names_no_other_method():
     assert {n.name for n in steps} == {
         "__init__", "expand_model", "train_task", "fit", "make_loader", "make_optimizer", "train_epoch",
         "compute_loss", "update_memory", "finish_task", "predict"}
+    for node in ast.walk(tree):  # plain loops: over a name, not over an attribute that they set
+        assert not (isinstance(node, ast.For) and any(
+            isinstance(part, ast.Attribute) for part in ast.walk(node.target)))
     for step in steps:  # a step does real work and says what
         assert ast.get_docstring(step) or step.name == "__init__"
         assert len(step.body) > 1 and not isinstance(step.body[-1], ast.Pass)
