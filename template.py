@@ -17,7 +17,7 @@ Class Incremental Learning" (Zhao et al., CVPR 2020, arXiv 1911.07053).
 # its steps and call main(args, MyTrainer). Flags, data, processes and files are in utils.py.
 import torch
 import torch.nn.functional as F
-from torch import nn, optim
+from torch import nn
 
 import utils
 
@@ -126,8 +126,8 @@ class CilTrainer:
         # A resumed run goes on after its last checkpoint, as if nothing had happened, since all
         # that is random in an epoch follows from (seed, task, stage, epoch).
         self.epoch = self.run.restore_fit(self, optimizer, scheduler, num_epochs)
-        # A schedule may end the fit early, by a rate of 0.
-        while self.epoch < num_epochs and (self.epoch == 0 or scheduler.get_last_lr()[0] > 0):
+        # (A schedule may end the fit early, by a rate of 0.)
+        while self.epoch < num_epochs and (self.epoch == 0 or max(scheduler.get_last_lr()) > 0):
             loader.sampler.seed = utils.seed_epoch(self)
             averages = self.train_epoch(loader, optimizer)
             scheduler.step()
@@ -143,8 +143,8 @@ class CilTrainer:
 
     def make_optimizer(self, parameters, num_epochs, lr):
         """SGD, fresh for each fit, and a schedule: the rate falls from lr to 0 along a cosine."""
-        sgd = optim.SGD(parameters, lr, self.args.momentum, 0, self.args.weight_decay, fused=True)
-        return sgd, optim.lr_scheduler.CosineAnnealingLR(sgd, num_epochs)
+        sgd = utils.SGD(parameters, lr, self.args)
+        return sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, num_epochs)
 
     def train_epoch(self, loader, optimizer):
         """One pass over the data: each step, every rank takes its share of the global batch."""

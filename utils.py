@@ -263,8 +263,13 @@ def join_processes(args):
 
 def report_unless_left(kind, error, trace):
     """The last word of a process that ends by an exception. One that only lost another process in
-    the middle of a message has nothing to say: the other has said why."""
-    if not (issubclass(kind, RuntimeError) and re.search(r"\bpeer\b|[Bb]roken pipe", str(error))):
+    the middle of a message leaves it to the other to say why: torchrun ends it at once, if there is
+    torchrun. If not, it says what it knows."""
+    lost = re.search("(closed|reset) by peer|[Bb]roken pipe", str(error))
+    if lost and issubclass(kind, RuntimeError):
+        time.sleep(10)
+        print(f"error: lost another process of this launch ({lost[0]})", file=sys.stderr)
+    else:
         sys.__excepthook__(kind, error, trace)
 
 
@@ -346,7 +351,7 @@ def rank_0_first(make, args):
 # Up to this side, in pixels, images are small: cropped by a shift, and held in memory.
 SMALL = 64
 # But not above this memory for train and test together: 170,000 images of 64 x 64, more than Tiny
-# ImageNet has, and a GPU of 8 GB has room for it beside the training.
+# ImageNet has. A task's own images are copied from there, and once more with a frame.
 MEMORY_LIMIT = 2 * 2 ** 30
 
 
@@ -431,26 +436,21 @@ def open_image(source):
     return image.convert("RGB")
 
 
-def read(sources, args):
-    """Images scaled and cut to squares of --input_size: (n, S, S, 3) uint8. Raises InputError."""
+def read(sources, fits, args):
+    """Images scaled and cut to squares of --input_size: (n, S, S, 3) uint8. If they do not fit into
+    memory: only a look whether each file is an image. Raises InputError."""
     size = args.input_size
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-    pixels = torch.zeros(len(sources), size, size, 3, dtype=torch.uint8)
+    pixels = torch.zeros(len(sources) * fits, size, size, 3, dtype=torch.uint8)
     for i, source in enumerate(tqdm(sources, "reading", leave=False, disable=silent(args))):
         try:
-            pixels[i] = torch.from_numpy(np.array(square(open_image(source))))
+            if fits:
+                pixels[i] = torch.from_numpy(np.array(square(open_image(source))))
+            else:
+                Image.open(source).close()
         except Exception as error:
             raise InputError(f"{source}: no image ({type(error).__name__}); mend or remove it")
     return pixels
-
-
-def look_at(paths):
-    """Raises InputError if one of the files is no image, as far as its first bytes tell."""
-    for path in paths:
-        try:
-            Image.open(path).close()
-        except Exception as error:
-            raise InputError(f"{path}: no image ({type(error).__name__}); mend or remove it")
 
 
 def hold(x, fits, args):
@@ -462,16 +462,17 @@ def hold(x, fits, args):
     """
     mine, size = x[args.rank::args.world_size], args.input_size
     if fits and (x.ndim == 1 or x.shape[1:3] != (size, size)):
-        x = gather(together(lambda: read(mine, args), args), len(x), args)
+        x = gather(together(lambda: read(mine, True, args), args), len(x), args)
     elif x.ndim == 1 and len(x) <= 100_000:
-        together(lambda: look_at(mine), args)
+        together(lambda: read(mine, False, args), args)
     if isinstance(x, np.ndarray) and x.ndim == 4:
         x = torch.from_numpy(x)
     return x.to(args.device) if fits and in_batches(args) else x
 
 
 def get_class_order(args, nb_classes):
-    """The classes in the order in which they are learned: a list of class numbers."""
+    """The classes in the order in which they are learned: a list of class numbers. InputError: the
+    file does not hold it."""
     order = args.class_order  # default, seed, natural, a file, or from Python the list itself
     if order in ("default", "seed"):
         seed = 1993 if order == "default" else args.seed
@@ -484,8 +485,8 @@ def get_class_order(args, nb_classes):
         except (OSError, ValueError):
             order = []
     if sorted(order) != list(range(nb_classes)):
-        fail(f"--class_order {args.class_order}: default, seed, natural, or a file that holds each "
-             f"of 0 to {nb_classes - 1} once")
+        raise InputError(f"--class_order {args.class_order}: default, seed, natural, or a file "
+                         f"that holds each of 0 to {nb_classes - 1} once")
     return order
 
 
@@ -526,13 +527,14 @@ def build_scenarios(args):
              "classes")
     increments = [first] + [args.increment] * ((total - first) // args.increment)
     increments += [total - sum(increments)] * (sum(increments) < total)
-    order = get_class_order(args, total)
+    order = together(lambda: get_class_order(args, total), args)
     (_, train_y), (_, test_y) = splits
     counts = np.split(np.bincount(train_y)[order], np.cumsum(increments)[:-1])
     smallest = min(map(sum, counts))
     if smallest < args.batch_size:
         fail(f"--batch_size {args.batch_size}: the smallest task has {smallest} images only")
-    fits = args.input_size <= SMALL and (
+    # (A zoom needs the pixels that scaling would throw away.)
+    fits = args.input_size <= SMALL and crops(args) == "shift" and (
         3 * args.input_size ** 2 * (len(train_y) + len(test_y)) <= MEMORY_LIMIT)
     return [Scenario(x, y, fits, increments, order, class_names, args) for x, y in splits]
 
@@ -570,6 +572,8 @@ def build_transform(args, train):
     # Resize does nothing to images that have the right size already.
     if train and crops(args) == "shift":
         transform.transforms[:1] = [transforms.Resize(size), transforms.RandomCrop(size, size // 8)]
+        if small:  # as in `read`
+            transform.transforms.insert(1, transforms.CenterCrop(size))
     elif train and small:
         transform.transforms.insert(0, transforms.Pad(size // 8))
     elif small:
@@ -611,7 +615,7 @@ class ImageSet(Dataset):
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
-        source = self.x[index].numpy() if torch.is_tensor(self.x) else str(self.x[index])
+        source = self.x[index].cpu().numpy() if torch.is_tensor(self.x) else str(self.x[index])
         try:
             image = self.transforms[seed is not None](open_image(source))
         except Exception as error:
@@ -657,13 +661,13 @@ class SeededSampler:
     """
 
     def __init__(self, size, args, sampler=None):
-        self.size, self.sampler, self.seed = size, sampler, 0
+        self.size = size if sampler is None else len(sampler)
+        self.sampler, self.seed = sampler, 0
         self.rank, self.world_size = args.rank, args.world_size
-        total = size if sampler is None else len(sampler)
-        self.share = min(args.batch_size, total) // args.world_size  # of a batch
+        self.share = min(args.batch_size, self.size) // args.world_size  # of a batch
         if self.share == 0:
-            fail(f"{total} images cannot be shared by {args.world_size} processes")
-        self.batches = total // (self.share * args.world_size)
+            fail(f"{self.size} images cannot be shared by {args.world_size} processes")
+        self.batches = self.size // (self.share * args.world_size)
 
     def __len__(self):
         return self.batches * self.share
@@ -675,8 +679,10 @@ class SeededSampler:
             order = torch.randperm(self.size, generator=generator)
         else:  # it draws from torch's own generator: from the same seed on every rank
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
+                torch.default_generator.manual_seed(self.seed)
                 order = torch.tensor(list(self.sampler))
+            if len(order) != self.size:
+                fail(f"the sampler gives {len(order)} images, and its length is {self.size}")
         # A seed for each place in the order, not for each image, which may come up twice.
         seeds = torch.randint(2 ** 32, (len(order),), generator=generator)
         mine = slice(self.rank, len(self) * self.world_size, self.world_size)
@@ -708,7 +714,7 @@ def crop_and_flip(framed, rows, tops, lefts, flips, size):
 
 class BatchLoader:
     """Training batches of images in memory, without any Python per image. A pass gives (images,
-    targets) on the device, of `share` images each."""
+    targets), of `share` images each."""
 
     def __init__(self, images, sampler, share, args):
         self.sampler, self.share, self.args = sampler, share, args
@@ -723,9 +729,9 @@ class BatchLoader:
         rows, seeds = self.sampler.draw()
         # The shift and the flip are read off the seed like the digits of a number.
         shifts = 2 * self.margin + 1
-        tops, lefts, flips = seeds % shifts, seeds // shifts % shifts, seeds // shifts ** 2 % 2
-        if not get_statistics(self.args)[2]:  # a mirror image would not keep its class
-            flips = torch.zeros_like(flips)
+        tops, lefts = seeds % shifts, seeds // shifts % shifts
+        # Only where a mirror image keeps its class.
+        flips = seeds // shifts ** 2 % 2 * get_statistics(self.args)[2]
         draws = torch.stack([rows, tops, lefts, flips]).to(self.framed.device)
         for batch in draws.split(self.share, dim=1):
             pixels = crop_and_flip(self.framed, *batch, self.args.input_size)
@@ -736,8 +742,9 @@ def make_batches(images, sampler, share, args):
     """Batches of `share` images that a SeededSampler chooses, from memory or by workers."""
     if in_batches(args) and images.in_memory():
         return BatchLoader(images, sampler, share, args)
+    # A generator of its own: how often it draws must not change what dropout draws.
     return DataLoader(images, share, sampler=sampler, num_workers=args.num_workers,
-                      persistent_workers=args.num_workers > 0,
+                      persistent_workers=args.num_workers > 0, generator=torch.Generator(),
                       pin_memory=args.device.type == "cuda")
 
 
@@ -750,16 +757,17 @@ def train_loader(train_set, args, sampler=None):
 def clean_batches(image_set, args, rows=None):
     """Clean (images, targets) on the device: these rows of the set, or this rank's share r, r + N,
     ..., which is every image exactly once over all ranks."""
-    rows = torch.arange(args.rank, len(image_set), args.world_size) if rows is None else rows
+    rows = torch.arange(len(image_set))[args.rank::args.world_size] if rows is None else rows
     if image_set.in_memory():
         targets = torch.from_numpy(image_set.y)
-        for batch in rows.split(500):
+        for batch in rows.split(500) if len(rows) else ():
             pixels = image_set.x[batch.to(image_set.x.device)]
             yield normalise(pixels, args), targets[batch].to(args.device)
     else:
         workers = args.num_workers if len(image_set) > 2000 else 0  # starting them takes a second
         keys = [(row, None) for row in rows.tolist()]
-        yield from to_device(DataLoader(image_set, 250, sampler=keys, num_workers=workers), args)
+        yield from to_device(DataLoader(image_set, 250, sampler=keys, num_workers=workers,
+                                        generator=torch.Generator()), args)
 
 
 def to_device(loader, args):
@@ -797,12 +805,8 @@ def autocast(args):
                           enabled=args.amp != "none")
 
 
-def create_backbone(args):
-    """A timm model without head on the device: images -> features (batch, num_features).
-
-    On several GPUs BatchNorm takes its statistics over the global batch (SyncBatchNorm). torch
-    has no such layer for the CPU: there each process normalises its own part of the batch.
-    """
+def make_backbone(args):
+    """A timm model without head: images -> features (batch, num_features). Raises InputError."""
     options = dict(num_classes=0, pretrained=args.pretrained)
     try:
         try:  # transformers must know the size of their images; convolutional networks need not
@@ -811,12 +815,22 @@ def create_backbone(args):
             backbone = timm.create_model(args.backbone, **options)
         features = backbone.eval()(torch.zeros(2, 3, args.input_size, args.input_size))
     except Exception as error:
-        fail(f"--backbone {args.backbone} --input_size {args.input_size}"
-             f"{' --pretrained' * args.pretrained}: {str(error)[:300]}")
+        raise InputError(f"--backbone {args.backbone} --input_size {args.input_size}"
+                         f"{' --pretrained' * args.pretrained}: {str(error)[:300]}")
     backbone.num_features = features.shape[1]  # what comes out; some models announce another
     features.sum().backward()  # DDP waits for every gradient: leave out what is never used
     for parameter in backbone.parameters():
         parameter.requires_grad_(parameter.grad is not None).grad = None
+    return backbone
+
+
+def create_backbone(args):
+    """The network of --backbone on the device, without head.
+
+    On several GPUs BatchNorm takes its statistics over the global batch (SyncBatchNorm). torch
+    has no such layer for the CPU: there each process normalises its own part of the batch.
+    """
+    backbone = together(lambda: make_backbone(args), args)  # a download may fail on one machine
     if args.distributed and args.device.type == "cuda" and args.sync_bn:
         backbone = timm.layers.convert_sync_batchnorm(backbone)
     backbone = backbone.to(args.device, memory_format=torch.channels_last)
@@ -853,6 +867,14 @@ def distribute(model, args):
         model, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+def SGD(parameters, lr, args):
+    """torch's SGD in its fused form, a few kernels for all weights. Not under fp16, where the first
+    step may be skipped for an overflow: after that, fused momentum begins with arbitrary numbers
+    (torch 2.15)."""
+    return torch.optim.SGD(parameters, lr, args.momentum, weight_decay=args.weight_decay,
+                           fused=args.amp != "fp16")
+
+
 def train_mode(model, resting):
     """The model ready to learn, but for the modules in `resting`, whose BatchNorm keeps still."""
     model.train()
@@ -885,8 +907,8 @@ def frozen(trainer, modules):
 
 
 def average_batchnorm(model, args):
-    """Make BatchNorm's running averages equal on all ranks: the mean over them, in one message. (One
-    for each layer, as `timm.utils.distribute_bn` has it, takes 40 times as long for ResNet-20.)"""
+    """Make BatchNorm's running averages equal on all ranks: the mean over them, in one message.
+    (One for each layer, as in `timm.utils.distribute_bn`, takes 40 times as long for ResNet-20.)"""
     buffers = [buffer for name, buffer in model.named_buffers() if "running_" in name]
     if args.distributed and buffers:
         flat = torch.cat([buffer.flatten() for buffer in buffers])
@@ -1138,13 +1160,15 @@ class Run:
         if found and found[0] == "checkpoint.pt":
             self.read_checkpoint(self.dir / "checkpoint.pt")
         elif found:
-            results = self.dir / "results.json"
-            over = results.exists() and json.loads(results.read_text()).get("finished")
-            if over or not (self.dir / ".launch").exists():
+            results, log = self.dir / "results.json", self.dir / "log.jsonl"
+            done = len(json.loads(results.read_text())["acc1s"]) if results.exists() else 0
+            lines = log.read_text() if log.exists() else ""
+            trained = any(f'"task": {task + 1},' in lines for task in range(done))
+            if trained or not (self.dir / ".launch").exists():  # there was a checkpoint
                 raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to "
                                  "go on from; name another --output_dir")
             # Our own run, ended before its first checkpoint: begin again.
-            (self.dir / "log.jsonl").unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
         write_file(self.dir / ".launch", launch_name().encode())
 
     def may_continue(self, folder):
@@ -1170,6 +1194,8 @@ class Run:
         changed += [name for name in ("method", "increments", "class_order")
                     if saved["results"].get(name) != self.results[name]]
         changed += ["other images"] * (saved["data"] != self.scenario.fingerprint())
+        changed += ["another version of the trainer"] * (
+            saved["results"]["versions"]["trainer"] != VERSION)
         if changed:
             raise InputError(f"--resume: {path} was made with {', '.join(changed)}; use the same "
                              "command, or another --output_dir")
@@ -1242,7 +1268,7 @@ class Run:
             fail(f"{self.dir / 'log.jsonl'} could not be written ({error.strerror})",
                  everywhere=False)
         self.lr = scheduler.get_last_lr()[0]  # of the next epoch
-        last = trainer.epoch == self.num_epochs or self.lr == 0
+        last = trainer.epoch == self.num_epochs or max(scheduler.get_last_lr()) == 0
         if last or time.time() > self.saved + CHECKPOINT_SECONDS:
             self.write_checkpoint(trainer, optimizer, scheduler)
 

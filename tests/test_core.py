@@ -588,8 +588,8 @@ def test_transforms_of_small_images():
         for channel in range(3):
             assert image[channel].unique().item() == pytest.approx((1 - mean[channel]) / std[channel], 1e-5)
     names = [type(t).__name__ for t in utils.build_transform(args, train=True).transforms]
-    assert names[:3] == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
-    assert utils.build_transform(args, train=True).transforms[1].padding == 4
+    assert names[:4] == ["Resize", "CenterCrop", "RandomCrop", "RandomHorizontalFlip"]
+    assert utils.build_transform(args, train=True).transforms[2].padding == 4
     digits = [type(t).__name__ for t in utils.build_transform(make_args(), train=True).transforms]
     assert "RandomHorizontalFlip" not in digits and "RandomCrop" in digits
     erased = make_args("--data_set=cifar100", "--reprob=0.25")
@@ -610,6 +610,32 @@ def test_the_loading_workers_use_the_cores_that_there_are(monkeypatch):
     assert make_args("--data_set=digits").num_workers == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert make_args("--data_set=cifar100").num_workers == 16
+
+
+def test_a_first_step_that_overflows_under_fp16_leaves_no_trace():
+    """GradScaler skips it; the momentum begins with the next step, as if it had not been."""
+    weights = {}
+    for first in ([math.inf, 1.0], []):
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = utils.SGD([weight], 0.1, make_args("--amp=fp16"))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        for gradient in [first, [1.0, 2.0], [1.0, 2.0]] if first else [[1.0, 2.0], [1.0, 2.0]]:
+            utils.step((weight * torch.tensor(gradient)).sum(), optimizer, scaler)
+        weights[bool(first)] = weight.detach()
+    torch.testing.assert_close(weights[True], weights[False])
+    assert optimizer.defaults["fused"] is False
+    assert utils.SGD([weight], 0.1, make_args()).defaults["fused"] is True
+
+
+def test_fewer_images_than_ranks():
+    args = make_args("--batch_size=12")
+    images = random_images(args, 3, 8)
+    args.world_size, seen = 4, []
+    for args.rank in range(4):
+        for _, targets in utils.clean_batches(images, args):
+            assert len(targets)
+            seen += targets.tolist()
+    assert sorted(seen) == [0, 1, 2]
 
 
 def test_training_makes_steps_of_sgd_under_mixed_precision():

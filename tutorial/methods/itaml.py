@@ -146,5 +146,5 @@ def get_parser():
 if __name__ == "__main__":
     args = get_parser().parse_args()
     if args.compile:
-        utils.fail("--compile: this method calls the bare model, so leave it out")
+        utils.fail("--compile: the tasks' shares of a batch have ever new sizes, so leave it out")
     main(args, ITAML)

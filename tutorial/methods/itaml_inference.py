@@ -1,9 +1,9 @@
 """How iTAML answers: it finds the task of many images together, adapts a copy of the network to
 this task's exemplars, and asks the copy for the class. Chapter 19.
 """
-import argparse
 import copy
 import math
+from argparse import Namespace
 
 import numpy as np
 import torch
@@ -38,12 +38,12 @@ def adapt(trainer, task):
     task_of = tasks_of(trainer)
     classes = (task_of == task).nonzero()[:, 0].tolist()
     images = trainer.exemplars[classes[0]].join([trainer.exemplars[c] for c in classes[1:]])
-    # All images on every rank: a sampler for a world of one process.
-    alone = argparse.Namespace(rank=0, world_size=1, batch_size=1)
+    # All images on every rank, and too few to start a loading process for them.
+    alone = Namespace(**vars(args) | dict(rank=0, world_size=1, batch_size=1, num_workers=0))
     sampler = utils.SeededSampler(len(images), alone)
     sampler.seed = utils.set_seed(args, trainer.task, task)
     optimizer = torch.optim.Adam(model.train().parameters(), 1e-3)
-    for x, y in utils.to_device(utils.make_batches(images, sampler, 64, args), args):
+    for x, y in utils.to_device(utils.make_batches(images, sampler, 64, alone), args):
         if len(x) > 1:  # one image has no statistics for BatchNorm
             optimizer.zero_grad()
             task_losses(model, x, y, task_of)[0].mean().backward()

@@ -50,7 +50,7 @@ def validation_loss(trainer):
     sets = trainer.validation[-1:] if args.validation == "new" else trainer.validation
     sums = torch.zeros(2, device=args.device)  # loss, images of this rank
     for images, targets in utils.clean_batches(sets[0].join(sets[1:]), args):
-        with utils.autocast(args):
+        with utils.autocast(args), torch.compiler.set_stance("force_eager"):
             loss = trainer.compute_loss(images, targets)[0].float()
         sums += torch.stack([loss * len(targets), torch.ones_like(loss) * len(targets)])
     if args.distributed:
