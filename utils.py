@@ -502,7 +502,8 @@ class Scenario(ClassIncremental):
         super().__init__(rows, increment=increments, class_order=class_order)
         self.class_names = [class_names[c] for c in class_order]
         self.files = x if x.ndim == 1 else None
-        self.data = ImageSet(hold(x, fits, args), np.argsort(class_order)[y], args)
+        labels = np.argsort(class_order)[y]
+        self.data = ImageSet(hold(x, fits, args), labels, args, np.arange(len(y)))
 
     def images(self, tasks):
         """The images of one task, or of a slice of tasks, as an ImageSet."""
@@ -594,15 +595,15 @@ def try_transform(args, times=3000):
 class ImageSet(Dataset):
     """Images with labels. x: (n, H, W, 3) uint8, or n paths; y: (n,) labels.
 
-    `rows` are their numbers in the data set that the run began with. Small images are augmented in
-    batches (`BatchLoader`); of others, loading workers ask one by one: images[i] is image i,
-    augmented at random, images[i, seed] likewise but from this seed alone, whatever the process,
-    and images[i, None] the clean image.
+    `rows` are their numbers in the data set of a `Scenario` (-1: in none). Small images are
+    augmented in batches (`BatchLoader`); for others, loading workers ask one by one: images[i] is
+    image i, augmented at random, images[i, seed] likewise but from this seed alone, whatever the
+    process, and images[i, None] the clean image.
     """
 
     def __init__(self, x, y, args, rows=None):
         self.x = torch.from_numpy(x) if isinstance(x, np.ndarray) and x.ndim == 4 else x
-        self.y, self.args, self.rows = y, args, np.arange(len(y)) if rows is None else rows
+        self.y, self.args, self.rows = y, args, np.full(len(y), -1) if rows is None else rows
         self.transforms = [build_transform(args, train) for train in (False, True)]
 
     def __len__(self):
@@ -1274,6 +1275,9 @@ class Run:
 
     def write_checkpoint(self, trainer, optimizer, scheduler):
         self.saved = time.time()
+        if any((images.rows < 0).any() for images in trainer.exemplars):
+            fail("a checkpoint holds the numbers of the exemplars, so they must be images of the "
+                 "training set, chosen by `select`", everywhere=False)
         write_tensors(self.dir / "checkpoint.pt", {
             "task": trainer.task, "stage": trainer.stage, "epoch": trainer.epoch,
             "model": trainer.model.state_dict(),
