@@ -178,7 +178,7 @@ def draw_speed():
     bars = axes.barh([row["what"] for row in rows], [row["images_per_second"] for row in rows],
                      color=[GREEN, BLUE, ORANGE, GREY][:len(rows)])
     axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.set(xlabel="images per second, compute alone", title="ResNet-32, 32 x 32 pixels, batch 128, "
+    axes.set(xlabel="images per second, compute alone", title="ResNet-32, batch 128, "
              f"{found['cores']} CPU cores")
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.12)
