@@ -592,7 +592,7 @@ def draw_data_sets(data_path):
 def draw_transforms(data_path):
     """What each training transform does to one image of CIFAR-100."""
     import timm.data
-    import utils
+    import timm.utils
     from torchvision import transforms
     image = cifar_images(data_path, 8)["fox"][3]
     to_tensor = transforms.ToTensor()
