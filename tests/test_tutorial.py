@@ -374,6 +374,8 @@ def test_a_bad_name_or_flag_is_one_line(again, arguments, message):
 def test_ctrl_c_or_a_kill_leaves_no_run_behind(tmp_path, number):
     command = subprocess.Popen([sys.executable, "-m", "tutorial.tools.reproduce", "digits_finetune",
                                 "--seeds=0"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               # A runner in the background ignores SIGINT, and hands that down.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                                start_new_session=True)
     run = tmp_path / "runs/reproduce/digits_finetune_seed0"
     try:
