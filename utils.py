@@ -92,7 +92,7 @@ def fail(message, everywhere=True):
     """End with one line on stderr and exit code 2; torchrun adds its own report.
 
     Bad input is bad on every rank, and rank 0 speaks for all. everywhere=False: only this rank has
-    seen it. The others notice that it left, and are silent (`report_unless_left`).
+    seen it. The others notice that it left, and leave the word to it (`report_unless_left`).
     """
     rank, joined = world_info_from_env()[1], dist.is_initialized()
     if rank == 0 or not everywhere:
@@ -328,20 +328,16 @@ def together(make, args):
     return made
 
 
-def rank_0_first(make, args):
-    """make() on rank 0, then on the others, which find on disk what rank 0 downloaded. Returns what
-    it made and None, or None and what went wrong (`first_problem`)."""
-    made = problem = None
-    for turn in (True, False):
-        if (args.rank == 0) == turn:
-            try:
-                made = make()
-            except Exception as error:
-                problem = f"{type(error).__name__}: {str(error)[:200]}"
-        problem = first_problem(problem, args)
-        if problem:
-            return None, problem
-    return made, None
+def rank_0_first(make, args, say):
+    """make() on rank 0, then on the others, which find on disk what rank 0 downloaded. Where it
+    fails on some, all end, with one line: say(what went wrong)."""
+    def attempt():
+        try:
+            return make()
+        except Exception as error:
+            raise InputError(say(f"{type(error).__name__}: {str(error)[:200]}"))
+    made = together(lambda: None if args.rank else attempt(), args)
+    return together(lambda: attempt() if args.rank else made, args)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -403,13 +399,12 @@ def load_package(args):
     """The arrays of a data set of torchvision, downloaded by rank 0 if need be."""
     source = getattr(continuum_datasets, PACKAGES[args.data_set])
     with contextlib.redirect_stdout(sys.stderr):
-        found, problem = rank_0_first(lambda: [
-            source(args.data_path, train=train, download=args.rank == 0)
-            for train in (True, False)], args)
-    if problem:
-        raise InputError(f"{args.data_set} is not in {args.data_path} and could not be downloaded "
-                         f"({problem}): give --data_path a folder with its files, or with "
-                         "train/<class>/* and test/<class>/*")
+        found = rank_0_first(
+            lambda: [source(args.data_path, train=train, download=args.rank == 0)
+                     for train in (True, False)],
+            args, lambda problem: f"{args.data_set} is not in {args.data_path} and could not be "
+            f"downloaded ({problem}): give --data_path a folder with its files, or with "
+            "train/<class>/* and test/<class>/*")
     splits = [split.get_data()[:2] for split in found]
     splits = [(np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x, y) for x, y in splits]
     names = getattr(getattr(found[0], "dataset", None), "classes", None)  # SVHN has none
@@ -465,9 +460,7 @@ def hold(x, fits, args):
         x = gather(together(lambda: read(mine, True, args), args), len(x), args)
     elif x.ndim == 1 and len(x) <= 100_000:
         together(lambda: read(mine, False, args), args)
-    if isinstance(x, np.ndarray) and x.ndim == 4:
-        x = torch.from_numpy(x)
-    return x.to(args.device) if fits and in_batches(args) else x
+    return torch.as_tensor(x, device=args.device) if fits and in_batches(args) else x
 
 
 def get_class_order(args, nb_classes):
@@ -504,16 +497,14 @@ class Scenario(ClassIncremental):
         self.files = x if x.ndim == 1 else None
         labels = np.argsort(class_order)[y]
         self.data = ImageSet(hold(x, fits, args), labels, args, np.arange(len(y)))
+        # Changes with the files or the labels: by it a resumed run knows its data set.
+        names = b"" if self.files is None else "\n".join(self.files).encode(errors="replace")
+        self.fingerprint = zlib.crc32(labels.tobytes() + names)
 
     def images(self, tasks):
         """The images of one task, or of a slice of tasks, as an ImageSet."""
         rows, _, _ = self[tasks].get_raw_samples()
         return self.data.select(rows)
-
-    def fingerprint(self):
-        """A number that changes with the files or the labels, by which a resumed run knows them."""
-        names = b"" if self.files is None else "\n".join(self.files).encode(errors="replace")
-        return zlib.crc32(self.data.y.tobytes() + names)
 
 
 def build_scenarios(args):
@@ -1194,7 +1185,7 @@ class Run:
                    if name not in MAY_DIFFER and config.get(name) != mine[name]]
         changed += [name for name in ("method", "increments", "class_order")
                     if saved["results"].get(name) != self.results[name]]
-        changed += ["other images"] * (saved["data"] != self.scenario.fingerprint())
+        changed += ["other images"] * (saved["data"] != self.scenario.fingerprint)
         changed += ["another version of the trainer"] * (
             saved["results"]["versions"]["trainer"] != VERSION)
         if changed:
@@ -1283,7 +1274,7 @@ class Run:
             "model": trainer.model.state_dict(),
             "teacher": trainer.teacher and trainer.teacher.state_dict(),
             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(), "data": self.scenario.fingerprint(),
+            "scaler": self.scaler.state_dict(), "data": self.scenario.fingerprint,
             "exemplars": [torch.from_numpy(images.rows) for images in trainer.exemplars],
             "results": self.results, "log": self.log, "images": self.images,
             "train_seconds": self.train_seconds, "seconds": time.time() - self.start})

@@ -102,14 +102,14 @@ def load(args):
         return ClipTowers(load_tiny(args), args, *utils.STATISTICS["digits"][:2])
     name = f"{args.visual.replace('/', '-')}-quickgelu"  # without it: other activations, silently
     make = functools.partial(open_clip.create_model, name, precision="fp32")
-    logging.disable(logging.ERROR)  # what goes wrong is said once, below
+    logging.disable(logging.ERROR)  # what goes wrong is said once, by us
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        clip, problem = utils.rank_0_first(lambda: read(make, args.clip_weights), args)
+        clip = utils.rank_0_first(
+            lambda: read(make, args.clip_weights), args,
+            lambda problem: f"--visual {args.visual} --clip_weights {args.clip_weights}: "
+            f"{problem}; without a network pass a file of OpenAI's weights, or --visual tiny")
     logging.disable(logging.NOTSET)
-    if problem:
-        utils.fail(f"--visual {args.visual} --clip_weights {args.clip_weights}: {problem}; "
-                   "without a network pass a file of OpenAI's weights, or --visual tiny")
     return ClipTowers(clip, args, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
