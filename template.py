@@ -195,14 +195,14 @@ class CilTrainer:
         return self.model(images)[0]
 
 
-def main(args, Trainer=CilTrainer):
+def main(args, Trainer=CilTrainer, Run=utils.Run):
     """Learn the tasks one after the other; every rank runs this loop, in step with the others."""
     args = utils.setup(args)
     # From the package continuum: which images belong to which task. A label is the position of
     # its class in the order of learning.
     train_scenario, test_scenario = utils.build_scenarios(args)
     trainer = Trainer(args)
-    trainer.run = run = utils.Run(trainer, train_scenario, test_scenario)
+    trainer.run = run = Run(trainer, train_scenario, test_scenario)
     for task, nb_new in enumerate(run.increments[:args.stop_after_task]):  # (None: all)
         utils.set_seed(args, task)  # all that is random before the first epoch
         trainer.task, trainer.nb_new, trainer.stage = task, nb_new, 0

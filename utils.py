@@ -8,15 +8,18 @@ No method is implemented here: the model, the loss and the loop are in template.
 import argparse
 import contextlib
 import copy
+import datetime
 import inspect
 import io
 import json
 import math
 import os
-import platform
 import random
 import re
+import signal
+import socket
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -121,6 +124,32 @@ def lambda_kd(text):
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        if args is None:  # the process was started for this command, and may end with it
+            end_at_signals()
+        return super().parse_args(args, namespace)
+
+    def format_help(self):
+        """With examples, and the defaults by data set, a method's own (`fill_in`) among them."""
+        text, own = super().format_help(), self.get_default("presets") or {}
+        if self.get_default("data_set") is None:  # a tool, not a training
+            return text
+        text += """
+examples:
+  python template.py --lambda_kd 0.5 --seed 1
+  torchrun --nproc_per_node=4 template.py --data_set cifar100 --data_path DIR --amp bf16
+  python -m tutorial.methods.lucir --output_dir runs/lucir --resume
+
+defaults, and below them where those of a data set differ:
+"""
+        common = {**COMMON, **own.get("all", {})}
+        for name, preset in {"": common, **PRESETS}.items():
+            values = {**preset, **own.get("all", {}), **own.get(name, {})}
+            words = [f"--{flag} {value}" for flag, value in values.items()
+                     if not name or value != common.get(flag)]
+            text += f"  {name:14} {' '.join(words)}\n"
+        return text
+
     def error(self, message):  # argparse itself would print its usage, once per rank
         fail(f"{message} (--help lists all flags)")
 
@@ -154,19 +183,20 @@ def get_parser():
     add("--fixed_memory", action=argparse.BooleanOptionalAction, help="memory_size / all classes "
         "exemplars for each class from the start; without it, memory_size / classes so far")
     add("--herding_method", default="barycenter",
-        choices=["barycenter", "cluster", "entropy", "first", "random"])
+        choices=["barycenter", "cluster", "entropy", "first", "random"], help="choice of "
+        "exemplars, see select_exemplars in utils.py (barycenter)")
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=natural, help="images per step over ALL processes")
     add("--num_epochs", type=natural, help="epochs per task")
     add("--lr", type=positive, help="first learning rate of the cosine schedule")
-    add("--momentum", type=number(0, 0.9999), default=0.9)
-    add("--weight_decay", type=share)
+    add("--momentum", type=number(0, 0.9999), default=0.9, help="of SGD (0.9)")
+    add("--weight_decay", type=share, help="of SGD, on all weights")
     add("--smooth", type=number(0, 0.9999), default=0.0, help="label smoothing (0)")
     add("--lambda_kd", type=lambda_kd, help="weight of distillation, 0 to 1; 0: none; "
         "dynamic: known / (known + new) classes")
     add("--temperature", type=positive, default=2.0, help="temperature of distillation (2)")
     add("--no_align", action="store_true", help="leave out weight alignment")
-    add("--seed", type=number(0, 2 ** 32 - 1, int), default=0)
+    add("--seed", type=number(0, 2 ** 32 - 1, int), default=0, help="of all that is random (0)")
     add = parser.add_argument_group("machine and run").add_argument
     add("--amp", default="none", choices=["none", "bf16", "fp16"], help="mixed precision (none)")
     add("--compile", action="store_true", help="compile the backbone with torch.compile")
@@ -179,13 +209,43 @@ def get_parser():
     add("--resume", action="store_true", help="continue the run in --output_dir, if there is one")
     add("--stop_after_task", type=natural, help="stop after N tasks; --resume goes on")
     add("--plots", default=True, action="store_true", help="draw accuracy and confusion (default)")
-    add("--no_plots", dest="plots", action="store_false")
+    add("--no_plots", dest="plots", action="store_false", help="draw nothing")
     return parser
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. Processes, devices, seeds
 # ---------------------------------------------------------------------------------------------
+
+# What rank 0 says when a signal ends the process. `Run` keeps it true.
+saved = None
+
+
+def end_at_signals():
+    """Let Ctrl-C and SIGTERM (from SLURM, or torchrun) end this process at once, with one line.
+
+    A thread waits for them: the main one may be deep in a message to a process that is gone. What
+    is on disk stays whole, as after any other end (`write_file`).
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.fileno())  # the number of a signal comes through here
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+    def wait():
+        with ours, theirs:
+            number = ours.recv(1)[0]
+        _, rank, world_size = world_info_from_env()
+        # torchrun sends SIGTERM also when another process has failed, which has said why.
+        if rank == 0 and (saved or world_size == 1 or number == signal.SIGINT):
+            name = signal.Signals(number).name
+            text = f"ended by {name}: {saved or 'nothing is saved yet'}\n"
+            os.write(2, ("\n" * sys.stderr.isatty() + text).encode())  # below the bar
+        os._exit(128 + number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
 
 def available_cores():
     """CPU cores that this process may use, where the system can tell, else all of them."""
@@ -202,6 +262,14 @@ def fill_in(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
+
+
+def settings(args):
+    """The flags whose values are not the preset's, in words, for the first line of a run."""
+    preset = vars(fill_in(get_parser().parse_args(["--data_set", args.data_set])))
+    changed = [f"--{name} {str(value)[:60]}" for name, value in args.config.items()
+               if hasattr(args, name) and name not in MAY_DIFFER and value != preset.get(name)]
+    return " ".join(changed) or "settings as preset"
 
 
 def setup(args):
@@ -249,6 +317,8 @@ def setup(args):
 def join_processes(args):
     """Make the process group: nccl for tensors on GPUs, gloo for all else."""
     cuda = args.device.type == "cuda"
+    if dist.get_debug_level() == dist.DebugLevel.OFF:
+        dist.set_debug_level(dist.DebugLevel.INFO)  # DDP then names weights without a gradient
     try:  # the prefix keeps a restart by torchrun from finding addresses of the dead processes
         store, *_ = next(rendezvous("env://", args.rank, args.world_size))
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
@@ -266,9 +336,15 @@ def report_unless_left(kind, error, trace):
     the middle of a message leaves it to the other to say why: torchrun ends it at once, if there is
     torchrun. If not, it says what it knows."""
     lost = re.search("(closed|reset) by peer|[Bb]roken pipe", str(error))
+    unused = re.search(r"did not receive grad for rank \d+: (.*)", str(error))  # from DDP
     if lost and issubclass(kind, RuntimeError):
         time.sleep(10)
         print(f"error: lost another process of this launch ({lost[0]})", file=sys.stderr)
+    elif unused:
+        time.sleep(10 * (dist.get_rank() > 0))  # rank 0 speaks for all
+        print(f"error: the loss does not depend on these weights, and all processes wait for their "
+              f"gradients: {unused[1]}. While they rest, set their requires_grad to False before "
+              "fit, or make them when they are needed (in expand_model)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -437,7 +513,8 @@ def read(sources, fits, args):
     size = args.input_size
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
     pixels = torch.zeros(len(sources) * fits, size, size, 3, dtype=torch.uint8)
-    for i, source in enumerate(tqdm(sources, "reading", leave=False, disable=silent(args))):
+    silent = args.rank > 0 or not sys.stderr.isatty()
+    for i, source in enumerate(tqdm(sources, "reading", leave=False, disable=silent)):
         try:
             if fits:
                 pixels[i] = torch.from_numpy(np.array(square(open_image(source))))
@@ -510,21 +587,27 @@ class Scenario(ClassIncremental):
 def build_scenarios(args):
     """Two `Scenario`s, train and test, with the same tasks."""
     splits, class_names = together(lambda: load_data(args), args)  # not all machines may have it
-    total, first = len(class_names), args.num_bases or args.increment
-    if first > total or first < total < args.increment:
-        fail(f"--num_bases {args.num_bases} --increment {args.increment}: {args.data_set} has "
-             f"{total} classes only")
+    (_, train_y), (_, test_y) = splits
+    total, counts = len(class_names), np.bincount(train_y)
+    first, increment, wrong = args.num_bases or args.increment, args.increment, []
+    if first > total or first < total < increment:
+        first, increment = total - total // 2, max(1, total // 4)
+        wrong.append(f"--num_bases {args.num_bases} --increment {args.increment} ask for more "
+                     f"classes (try --num_bases {first} --increment {increment})")
     if 0 < args.memory_size < total:
-        fail(f"--memory_size {args.memory_size}: 0, or at least one exemplar for each of {total} "
-             "classes")
-    increments = [first] + [args.increment] * ((total - first) // args.increment)
+        wrong.append(f"--memory_size {args.memory_size} is less than an exemplar for each class "
+                     f"(try 0, or --memory_size {20 * total})")
+    increments = [first] + [increment] * ((total - first) // increment)
     increments += [total - sum(increments)] * (sum(increments) < total)
     order = together(lambda: get_class_order(args, total), args)
-    (_, train_y), (_, test_y) = splits
-    counts = np.split(np.bincount(train_y)[order], np.cumsum(increments)[:-1])
-    smallest = min(map(sum, counts))
+    smallest = min(map(sum, np.split(counts[order], np.cumsum(increments)[:-1])))
     if smallest < args.batch_size:
-        fail(f"--batch_size {args.batch_size}: the smallest task has {smallest} images only")
+        share = 2 ** int(math.log2(max(1, smallest / 3 / args.world_size)))
+        wrong.append(f"--batch_size {args.batch_size} is more than the {smallest} images of the "
+                     f"smallest task (try --batch_size {share * args.world_size})")
+    if wrong:
+        fail(f"{args.data_set} has {total} classes with {counts.min()} to {counts.max()} training "
+             f"images each: {'; '.join(wrong)}")
     # (A zoom needs the pixels that scaling would throw away.)
     fits = args.input_size <= SMALL and crops(args) == "shift" and (
         3 * args.input_size ** 2 * (len(train_y) + len(test_y)) <= MEMORY_LIMIT)
@@ -919,41 +1002,79 @@ def global_mean(values, mask, args):
     return (values * mask).sum() * args.world_size / count.clamp(min=1)
 
 
-def silent(args):
-    """Whether this process draws no progress bar: only rank 0 does, and only on a terminal."""
-    return args.rank > 0 or not sys.stderr.isatty()
+class Progress:
+    """What rank 0 shows of the training: on a terminal a bar, else (in a log) a line a minute."""
+
+    def __init__(self, args, increments, labels):
+        """labels: of all training images, from which follows how much work each task is."""
+        new = np.bincount(task_of_class(increments)[labels])[:args.stop_after_task]
+        # Images an epoch. (An estimate: a memory may hold less, and a second fit is not counted.)
+        self.work = new + args.memory_size * (np.arange(len(new)) > 0)
+        self.tasks, self.silent, self.start = len(increments), args.rank > 0, None
+        self.shown, self.bar = time.time(), None
+        if not self.silent and sys.stderr.isatty():
+            self.bar = tqdm(total=1, leave=False, bar_format="{desc} |{bar}| {percentage:.0f} %")
+
+    def done(self, trainer, part):
+        """The share of the run's work that is done when so much of this epoch is, both 0 to 1."""
+        task = min(1, trainer.stage + (trainer.epoch + part) / trainer.run.num_epochs)
+        return (self.work[:trainer.task].sum() + task * self.work[trainer.task]) / self.work.sum()
+
+    def begin_epoch(self, trainer):
+        if self.start is None:  # of this process: a resumed run may be half done already
+            self.start = time.time(), self.done(trainer, 0)
+
+    def due(self):
+        """Whether to show something now; it has to be read from the device, which takes time."""
+        return not self.silent and time.time() > self.shown + (0.5 if self.bar else 60)
+
+    def show(self, trainer, part, averages):
+        """averages: of the part of the epoch that is done (`Meter.read`)."""
+        self.shown, done = time.time(), self.done(trainer, part)
+        began, before = self.start
+        left = (self.shown - began) * (1 - done) / max(done - before, 1e-9)  # seconds
+        text = (f"task {trainer.task + 1}/{self.tasks} stage {trainer.stage + 1} epoch "
+                f"{trainer.epoch + 1}/{trainer.run.num_epochs}: loss {averages['loss']:.3f}, "
+                f"accuracy {averages['train_accuracy']:.1f} %, "
+                f"{averages['images_per_second']:.0f} images/s, "
+                f"{datetime.timedelta(seconds=round(left))} left")
+        if self.bar:
+            self.bar.n = done
+            self.bar.set_description_str(text)
+        else:
+            print(text, flush=True)
 
 
 class Meter:
-    """Loss and accuracy of an epoch over all ranks, and a progress bar.
-
-    The sums stay on the device: they are read once a second for the bar and once at the end, so
-    no step waits for the GPU.
-    """
+    """Loss and accuracy of an epoch. The sums stay on the device: they are read at the end, and
+    when there is something to show, so no step waits for the GPU."""
 
     def __init__(self, trainer, steps):
-        self.args, self.start, self.shown = trainer.args, time.time(), time.time()
-        self.sums = torch.zeros(3, device=self.args.device)  # loss, correct, images of this rank
-        self.bar = tqdm(total=steps, desc=f"task {trainer.task + 1} epoch {trainer.epoch + 1}",
-                        leave=False, disable=silent(self.args))
+        self.trainer, self.steps, self.done, self.start = trainer, steps, 0, time.time()
+        # loss, correct, images of this rank
+        self.sums = torch.zeros(3, device=trainer.args.device)
+        trainer.run.progress.begin_epoch(trainer)
 
     def update(self, loss, logits, targets):
         correct = (logits.detach().argmax(dim=1) == targets).sum()
         images = torch.full_like(correct, len(targets))
         self.sums += torch.stack([loss.detach().float() * len(targets), correct, images])
-        self.bar.update()
-        if not self.bar.disable and time.time() > self.shown + 1:
-            self.shown, (loss, correct, images) = time.time(), self.sums.tolist()
-            self.bar.set_postfix(loss=f"{loss / images:.3f}", acc=f"{100 * correct / images:.1f}%")
+        self.done += 1
+        progress = self.trainer.run.progress
+        if progress.due():  # as if the other ranks had the same
+            progress.show(self.trainer, self.done / self.steps,
+                          self.read(self.sums * self.trainer.args.world_size))
+
+    def read(self, sums):
+        (loss, correct, images), seconds = sums.tolist(), time.time() - self.start
+        return {"loss": loss / images, "train_accuracy": 100 * correct / images,
+                "images": int(images), "seconds": seconds, "images_per_second": images / seconds}
 
     def averages(self):
         """{"loss", "train_accuracy" (%), "images", "seconds", "images_per_second"} of all ranks."""
-        self.bar.close()
-        if self.args.distributed:
+        if self.trainer.args.distributed:
             dist.all_reduce(self.sums)
-        (loss, correct, images), seconds = self.sums.tolist(), time.time() - self.start
-        return {"loss": loss / images, "train_accuracy": 100 * correct / images,
-                "images": int(images), "seconds": seconds, "images_per_second": images / seconds}
+        return self.read(self.sums)
 
 
 def extract_features(model, image_set, args):
@@ -1083,11 +1204,6 @@ def write_tensors(path, content):
     write_file(path, buffer.getvalue())
 
 
-def launch_name():
-    """The same for all starts of one launch: torchrun's agent, our parent, outlives its workers."""
-    return f"{platform.node()} {os.getppid()}"
-
-
 class Run:
     """The output directory of a run: log.jsonl, checkpoint.pt, results.json, model.pt and plots.
 
@@ -1125,6 +1241,23 @@ class Run:
             dist.broadcast_object_list(box, src=0)
             self.checkpoint = box[0]
         self.first_task = self.checkpoint["task"] if self.checkpoint else 0
+        self.progress = Progress(args, self.increments, scenario.data.y)
+        if args.rank == 0:
+            if self.checkpoint:
+                self.note_saved(*(self.checkpoint[name] for name in ("task", "stage", "epoch")))
+            print(f"{self.dir}: {method} on {args.data_set}, {len(self.increments)} tasks, "
+                  f"{sum(self.increments)} classes, {args.num_epochs} epochs a task, "
+                  f"{args.world_size} process{'es' * (args.world_size > 1)} on "
+                  f"{self.results['device']}, {settings(args)}", flush=True)
+            if self.checkpoint:
+                print(saved, flush=True)
+
+    def note_saved(self, task, stage, epoch):
+        """Prepare the last words of `end_at_signals`."""
+        global saved
+        later = f"stage {stage + 1}, " * (stage > 0)
+        saved = (f"saved to {self.dir} up to task {task + 1}, {later}epoch {epoch}; go on with "
+                 "--resume")
 
     def open_directory(self, method):
         """Make or find the directory, and read the checkpoint of a resumed run. InputError: the
@@ -1132,9 +1265,9 @@ class Run:
         args = self.args
         name = f"{method}_{args.data_set}_b{args.num_bases}_inc{args.increment}_seed{args.seed}_"
         self.dir = Path(args.output_dir or f"runs/{name}{time.strftime('%Y%m%d-%H%M%S')}")
-        if not args.output_dir:  # the newest run of this kind that may be continued, if any
-            self.dir = max((file.parent for file in Path("runs").glob(f"{name}*/checkpoint.pt")
-                            if self.may_continue(file.parent)), default=self.dir)
+        if args.resume and not args.output_dir:  # the newest run of this kind, if there is one
+            self.dir = max((file.parent for file in Path("runs").glob(f"{name}*/checkpoint.pt")),
+                           default=self.dir)
         self.lock = filelock.FileLock(self.dir / ".lock")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -1144,40 +1277,28 @@ class Run:
         except OSError as error:
             raise InputError(f"--output_dir {self.dir}: not a directory that can be written "
                              f"({error.strerror})") from None
-        found = [name for name in ("checkpoint.pt", "results.json", "log.jsonl", "model.pt")
+        found = [name for name in ("checkpoint.pt", "results.json", "model.pt", "log.jsonl")
                  if (self.dir / name).exists()]
-        if found and not self.may_continue(self.dir):
+        if found and not args.resume:
             raise InputError(f"--output_dir {self.dir} already holds {found[0]}: pass --resume to "
                              "continue that run, or name another directory")
-        if found and found[0] == "checkpoint.pt":
-            self.read_checkpoint(self.dir / "checkpoint.pt")
-        elif found:
-            results, log = self.dir / "results.json", self.dir / "log.jsonl"
-            done = len(json.loads(results.read_text())["acc1s"]) if results.exists() else 0
-            lines = log.read_text() if log.exists() else ""
-            trained = any(f'"task": {task + 1},' in lines for task in range(done))
-            if trained or not (self.dir / ".launch").exists():  # there was a checkpoint
-                raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to "
-                                 "go on from; name another --output_dir")
-            # Our own run, ended before its first checkpoint: begin again.
-            log.unlink(missing_ok=True)
-        write_file(self.dir / ".launch", launch_name().encode())
-
-    def may_continue(self, folder):
-        """With --resume, or where torchrun --max-restarts has started again the very launch that
-        wrote into this folder."""
-        again, mark = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), folder / ".launch"
-        return self.args.resume or again and mark.exists() and mark.read_text() == launch_name()
+        if "checkpoint.pt" in found:
+            return self.read_checkpoint(self.dir / "checkpoint.pt")
+        log, results = self.dir / "log.jsonl", self.dir / "results.json"
+        done = len(json.loads(results.read_text())["acc1s"]) if results.exists() else 0
+        if found and (not log.exists() or f'"task": {done},' in log.read_text()):
+            raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on "
+                             "from; name another --output_dir")
+        # A new run, or our own, which ended before its first checkpoint: begin again.
+        write_file(log, b"")
 
     def read_checkpoint(self, path):
         try:  # weights_only: a checkpoint from a stranger runs no code
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-            saved = {key: saved[key] for key in (
-                "task", "stage", "epoch", "model", "teacher", "optimizer", "scheduler", "scaler",
-                "exemplars", "data", "results", "log", "images", "train_seconds", "seconds")}
             config, mine = saved["results"]["args"], self.args.config
+            version, data = saved["results"]["versions"]["trainer"], saved["data"]
         except Exception as error:
             raise InputError(f"--resume: {path} is no whole checkpoint of this trainer "
                              f"({type(error).__name__}); name another --output_dir") from None
@@ -1185,9 +1306,8 @@ class Run:
                    if name not in MAY_DIFFER and config.get(name) != mine[name]]
         changed += [name for name in ("method", "increments", "class_order")
                     if saved["results"].get(name) != self.results[name]]
-        changed += ["other images"] * (saved["data"] != self.scenario.fingerprint)
-        changed += ["another version of the trainer"] * (
-            saved["results"]["versions"]["trainer"] != VERSION)
+        changed += ["other images"] * (data != self.scenario.fingerprint)
+        changed += ["another version of the trainer"] * (version != VERSION)
         if changed:
             raise InputError(f"--resume: {path} was made with {', '.join(changed)}; use the same "
                              "command, or another --output_dir")
@@ -1234,10 +1354,15 @@ class Run:
 
     def end_epoch(self, trainer, averages, optimizer, scheduler):
         """Make BatchNorm's averages equal on all ranks, log the epoch, and write a checkpoint if it
-        was the last of a fit, or half a minute has passed since the one before."""
+        was the last of a fit, or half a minute has passed since the one before.
+
+        averages: what `train_epoch` returns. All that is in it goes to log.jsonl, also numbers and
+        lists of your own; "loss", "images" and "seconds" must be."""
         args = self.args
-        weights = torch.stack([p.detach().abs().max() for p in trainer.model.parameters()])
-        if not (all(map(math.isfinite, averages.values())) and weights.isfinite().all()):
+        numbers = [value for value in averages.values() if isinstance(value, (int, float))]
+        weights = torch.stack([p.detach().abs().max() for p in trainer.model.parameters()
+                               if p.numel()])
+        if not (all(map(math.isfinite, numbers)) and weights.isfinite().all()):
             fail(f"the loss ({averages['loss']}) or a weight left the finite numbers in task "
                  f"{trainer.task + 1}, epoch {trainer.epoch}, --lr {args.lr}: try a smaller one; "
                  "the last checkpoint is kept")
@@ -1278,6 +1403,7 @@ class Run:
             "exemplars": [torch.from_numpy(images.rows) for images in trainer.exemplars],
             "results": self.results, "log": self.log, "images": self.images,
             "train_seconds": self.train_seconds, "seconds": time.time() - self.start})
+        self.note_saved(trainer.task, trainer.stage, trainer.epoch)
 
     def end_task(self, trainer, scores):
         """Add a row to the accuracy matrix, print one line, write results.json."""
@@ -1291,8 +1417,9 @@ class Run:
             seconds=time.time() - self.start,
             images_per_second=self.images / max(self.train_seconds, 1e-9))
         if self.args.rank == 0:
-            print(f"task {done}/{len(self.increments)}: {scores['acc1']:.2f} % of the test images "
-                  f"of {sum(self.increments[:done])} classes right", flush=True)
+            tqdm.write(f"task {done}/{len(self.increments)}: {scores['acc1']:.2f} % of the test "
+                       f"images of {sum(self.increments[:done])} classes right")
+            sys.stdout.flush()
             write_file(self.dir / "results.json", json.dumps(results).encode())
 
     def finish(self, trainer):
@@ -1315,6 +1442,8 @@ class Run:
                     buffer = io.BytesIO()
                     draw(results).savefig(buffer, dpi=120)
                     write_file(self.dir / f"{name}.png", buffer.getvalue())
+            if self.progress.bar:
+                self.progress.bar.close()
             self.print_table()
             self.lock.release()
         if args.distributed:
@@ -1322,7 +1451,7 @@ class Run:
             dist.destroy_process_group()
 
     def print_table(self):
-        """The accuracy matrix, the averages, and the files of the run."""
+        """The accuracy matrix, the averages, what seems wrong, and the files of the run."""
         results = self.results
         tasks = range(1, len(results["acc1s"]) + 1)
         print("\ntest accuracy (%)\nafter task" + "".join(f"  task {u:<2}" for u in tasks)
@@ -1333,6 +1462,19 @@ class Run:
         print(f"average incremental accuracy {results['average_incremental_accuracy']:.2f} %, "
               f"last {results['last_accuracy']:.2f} %, forgetting {results['forgetting']:.2f} "
               f"points, {results['seconds']:.0f} s\n")
+        for task in tasks:
+            lines = [line for line in self.log if line["task"] == task and "train_accuracy" in line]
+            best = max((line["train_accuracy"] for line in lines), default=100)
+            # What a network gets right that always gives the same answer.
+            largest = np.bincount(self.scenario.images(task - 1).y).max()
+            chance = max((100 * largest / line["images"] for line in lines), default=0)
+            if best < chance + (100 - chance) / 10 < 100:
+                print(f"note: in task {task} not even the training images were learned ({best:.1f} "
+                      "% right at best): try a smaller --lr and --batch_size, --aa none, or more "
+                      "epochs")
+        if not results["finished"]:
+            print(f"stopped after task {tasks[-1]} of {len(self.increments)} (--stop_after_task): "
+                  f"without this flag, and with --output_dir {self.dir} --resume, the run goes on")
         print(*sorted(f for f in self.dir.iterdir() if f.name[0] != "."), sep="\n", flush=True)
 
 

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, SHORT, run_template
 from PIL import Image
 
+import template
 import utils
 
 FOLDER = ["--data_set=image_folder", "--backbone=resnet20", "--input_size=16", "--num_bases=2",
@@ -313,12 +314,30 @@ def test_loss_that_becomes_nan(launch, tmp_path):
     assert started.wait() == [2]
     error = started.stderr()
     assert error.count("\n") == 1 and "task 1, epoch" in error and "--lr 1000000000000.0" in error
-    log = tmp_path / "run/log.jsonl"
-    if log.exists():  # the checkpoint is of the last good epoch
-        last = json.loads(log.read_text().splitlines()[-1])
-        saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-        assert np.isfinite(last["loss"]) and saved["epoch"] == last["epoch"] - 1
-        assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+    assert (tmp_path / "run/log.jsonl").read_text() == ""
+
+
+class Exploding(template.CilTrainer):
+    def train_epoch(self, loader, optimizer):
+        averages = super().train_epoch(loader, optimizer)
+        if self.epoch == 3:
+            self.model.fc.heads[0].bias.data[1] = torch.inf
+        return averages
+
+
+def explode():
+    utils.CHECKPOINT_SECONDS = 0
+    template.main(utils.get_parser().parse_args([*SHORT, "--num_epochs=9", "--output_dir=run"]),
+                  Exploding)
+
+
+def test_the_checkpoint_before_a_weight_becomes_infinite_is_kept(launch, tmp_path):
+    started = launch(function=explode, arguments=())
+    assert started.wait() == [2] and "task 1, epoch 4" in started.stderr()
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 3
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert saved["epoch"] == 3
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
 def limited(flags, size):

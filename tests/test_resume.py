@@ -172,11 +172,11 @@ def test_resume_without_output_dir_finds_the_newest_run(finish, tmp_path, refere
 
 
 def test_killed_worker_under_torchrun_max_restarts(finish, tmp_path):
-    """torchrun starts the same command again; it goes on from the checkpoint by itself."""
+    """torchrun starts the same command again, which goes on from the checkpoint."""
     expected = finish(*SHORT, "--output_dir=expected", processes=2)
     torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2",
-         "--standalone", str(ROOT / "template.py"), *SHORT, "--output_dir=run"],
+         "--standalone", str(ROOT / "template.py"), *SHORT, "--output_dir=run", "--resume"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "run/log.jsonl"
     for _ in range(1200):
@@ -193,33 +193,16 @@ def test_killed_worker_under_torchrun_max_restarts(finish, tmp_path):
     assert same_model(tmp_path / "run", tmp_path / "expected")
 
 
-def test_a_restart_does_not_continue_a_stranger(launch, finish, tmp_path):
-    """torchrun also restarts a launch that was refused; that must not unlock an older run."""
+@pytest.mark.parametrize("flags", [["--output_dir=run"], ["--output_dir=run", "--resume"]])
+def test_a_folder_whose_checkpoint_is_gone_is_left_alone(launch, finish, tmp_path, flags):
     finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
-    before = (tmp_path / "run/checkpoint.pt").read_bytes()
-    started = launch(*SHORT, "--output_dir=run", env={"TORCHELASTIC_RESTART_COUNT": "1"},
-                     function=in_another_parent)
-    assert started.wait() == [2] and "pass --resume" in started.stderr()
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
-    finish(*SHORT, env={"TORCHELASTIC_RESTART_COUNT": "1"}, function=in_another_parent)
-    assert len(list((tmp_path / "runs").iterdir())) == 1  # nothing to continue: a new run
-
-
-def in_another_parent(flags):
-    """The template in a child of this process, as under an agent of its own."""
-    pid = os.fork()
-    if not pid:
-        from conftest import run_template
-        code = 1
-        try:
-            run_template(flags)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    (tmp_path / "run/checkpoint.pt").unlink()
+    for missing in ("none", "log.jsonl", "results.json"):  # in this order
+        (tmp_path / "run" / missing).unlink(missing_ok=True)
+        before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        started = launch(*SHORT, *flags)
+        assert started.wait() == [2] and "--resume" in started.stderr()
+        assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_copy_goes_by_its_own_name(tmp_path):

@@ -58,7 +58,8 @@ class ICaRL(CilTrainer):
 
 def get_parser():
     parser = utils.get_parser()
-    parser.add_argument("--icarl_loss", default="sigmoid", choices=["sigmoid", "softmax"])
+    parser.add_argument("--icarl_loss", default="sigmoid", choices=["sigmoid", "softmax"],
+                        help="the paper's, or that of later code bases (sigmoid)")
     paper = dict(num_epochs=70, lr=2.0, weight_decay=5e-5, aa="none", fixed_memory=True)
     parser.set_defaults(no_align=True, presets={
         "digits": dict(lr=0.3), "cifar100": paper,

@@ -124,7 +124,7 @@ def get_parser():
     add("--meta", default="paper", choices=["paper", "released"], help="outer step (paper)")
     add("--beta", type=utils.number(0, 1e6), help="of eta = exp(-beta task / tasks)")
     add("--inner_steps", type=utils.number(1, kind=int), default=1, help="for each task (1)")
-    add("--optimizer", choices=["radam", "sgd"])
+    add("--optimizer", choices=["radam", "sgd"], help="of the inner steps")
     add("--milestones", type=utils.number(0, 1), nargs="+", help="shares of the epochs after which "
         "the learning rate falls")
     add("--gamma", type=utils.number(1e-6, 1), help="what it is multiplied by then")
