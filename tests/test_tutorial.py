@@ -287,17 +287,6 @@ def test_results_files_tell_nothing_about_a_machine():
         assert not re.search(r'"(/|[A-Z]:\\)', path.read_text()), path.name
 
 
-def test_mean_over_seeds_on_the_command_line(tmp_path, monkeypatch, capsys):
-    for seed, average in enumerate((90, 92)):
-        (tmp_path / f"run{seed}").mkdir()
-        (tmp_path / f"run{seed}/results.json").write_text(json.dumps({
-            "method": "mine", "average_incremental_accuracy": average, "last_accuracy": 80,
-            "forgetting": 5}))
-    monkeypatch.setattr("sys.argv", ["tables", "--seeds", *map(str, tmp_path.iterdir())])
-    tables.main()
-    assert "| mine | 91.0 ± 1.4 | 80.0 ± 0.0 | 5.0 ± 0.0 |" in capsys.readouterr().out
-
-
 # ---- making the runs again -------------------------------------------------------------------
 
 @pytest.fixture

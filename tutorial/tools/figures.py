@@ -33,20 +33,26 @@ def new_figure(width=7.0, height=4.2, columns=1, **options):
     return figure, figure.subplots(1, columns, **options)
 
 
-def draw_ablation(data_set, title):
-    """Accuracy on all classes so far after each task; the band is ± one standard deviation."""
+def draw_curves(rows, title):
+    """Accuracy on all classes so far after each task, a line for each (label, runs, colour, line
+    style); the band is ± one standard deviation. Returns (figure, axes)."""
     figure, axes = new_figure()
-    for name, label, _, colour in ABLATION:
-        found = load(f"{data_set}_{name}")
-        if not found:  # CIFAR-100 has no run with alignment alone
-            continue
-        curves = np.array([run["acc1s"] for run in found])
-        classes = np.cumsum(found[0]["increments"])
+    for label, runs, colour, style in rows:
+        curves = np.array([run["acc1s"] for run in runs])
+        classes = np.cumsum(runs[0]["increments"])
         mean, spread = curves.mean(axis=0), curves.std(axis=0, ddof=min(1, len(curves) - 1))
-        axes.plot(classes, mean, "o-", color=colour, label=label)
+        axes.plot(classes, mean, "o" + style, color=colour, label=label)
         axes.fill_between(classes, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
-    axes.set(xlabel="classes learned so far", ylabel="test accuracy on all of them (%)",
-             xticks=classes, ylim=(0, 102), title=title)
+    axes.set(xlabel="classes learned so far", ylabel="test accuracy on all of them (%)", title=title)
+    return figure, axes
+
+
+def draw_ablation(data_set, title):
+    """WA and its ablations."""
+    rows = [(label, load(f"{data_set}_{name}"), colour, "-") for name, label, _, colour in ABLATION]
+    rows = [row for row in rows if row[1]]  # CIFAR-100 has no run with alignment alone
+    figure, axes = draw_curves(rows, title)
+    axes.set(xticks=np.cumsum(rows[0][1][0]["increments"]), ylim=(0, 102))
     figure.legend(loc="outside lower center", ncols=3, fontsize=10)
     return figure
 

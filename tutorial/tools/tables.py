@@ -1,7 +1,6 @@
 """Fills in every table and number of the texts, from tutorial/results/ alone.
 
-    python -m tutorial.tools.tables                             # all tables and numbers
-    python -m tutorial.tools.tables --seeds runs/mine_seed*     # mean ± std of runs of your own
+    python -m tutorial.tools.tables
 
 A table stands between <!-- table NAME --> and <!-- end -->, a single number between
 <!-- value GROUP KEY --> and <!-- end -->. The tests fill all of them in again and compare, so no
@@ -10,7 +9,6 @@ number in a text can differ from its file.
 import argparse
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -59,6 +57,46 @@ def summary_table(rows, head=("method", "flags"), above=()):
     lines = [summary((label, f"`{flags}`" if flags else "none"), load(group))
              for label, flags, group in rows]
     return table([*head, *(title for _, title in SUMMARY)], [*above, *lines], left=2)
+
+
+def means(rows):
+    """A row for each (name, runs): mean ± standard deviation over the seeds."""
+    return table(["", "runs", *(title for _, title in SUMMARY)],
+                 [summary((name, len(runs)), runs) for name, runs in rows])
+
+
+def gain(first, runs):
+    """By how much runs differ from `first`, over the seeds that both have: -0.4 ± 0.3 (3 of 10).
+    The mean of the differences seed by seed, its standard error, and the seeds with a better run."""
+    first, runs = ({run["args"]["seed"]: run for run in found} for found in (first, runs))
+    common, cells = sorted(first.keys() & runs.keys()), []
+    if not common:
+        return ["no common seeds", "", ""]
+    for key, _ in SUMMARY:
+        differences = np.array([runs[seed][key] - first[seed][key] for seed in common])
+        error = f" ± {differences.std(ddof=1) / len(common) ** 0.5:.1f}" if len(common) > 1 else ""
+        better = differences < 0 if key == "forgetting" else differences > 0
+        cells.append(f"{differences.mean():+.1f}{error} ({better.sum()} of {len(common)})")
+    return cells
+
+
+def gains(rows):
+    """A row for each further (name, runs): its difference to the first, seed by seed."""
+    (name, first), *others = rows
+    return table([f"minus {name}", *(re.sub(r" \(.*", " (points)", title) for _, title in SUMMARY)],
+                 [[other, *gain(first, runs)] for other, runs in others])
+
+
+# Chapter 9's example of a comparison: name of the row, name of the group.
+COMPARED = [("wa", "wa"), ("random", "random"), ("no_align", "replay_kd")]
+
+
+def compared():
+    return means([(name, load(f"digits_{group}")) for name, group in COMPARED])
+
+
+def compared_by_seed():
+    return gains([(name, load(f"digits_{group}")) for name, group in COMPARED])
 
 
 def digits():
@@ -407,7 +445,8 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, published,
+    digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, compared,
+    compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
     cross_task_validation, cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
     itaml_published, alta, alta_speed)}
@@ -432,14 +471,7 @@ def fill(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", nargs="+", type=Path, help="output directories: print mean ± std")
-    given = parser.parse_args()
-    if given.seeds:
-        found = [json.loads((folder / "results.json").read_text()) for folder in given.seeds]
-        print(table([f"{len(found)} runs", *(title for _, title in SUMMARY)],
-                    [summary((found[0]["method"],), found)]))
-        return
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     for path in TEXTS:
         path.write_text(fill(path.read_text()))
 
