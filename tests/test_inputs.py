@@ -357,3 +357,19 @@ def test_disk_full(launch, finish, tmp_path):
     assert not list((tmp_path / "run").glob("*.part"))
     results = finish(*SHORT, "--output_dir=run", "--resume")  # with room again it goes on
     assert results["finished"]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_small_folder_is_told_all_at_once_and_what_would_work(
+        launch, finish, image_folder, processes):
+    data = image_folder(("red", "green", "blue"), train=30)
+    flags = ["--data_set=image_folder", f"--data_path={data}", "--input_size=16",
+             "--backbone=resnet20", "--aa=none", "--num_epochs=1", "--no_plots"]
+    started = launch(*flags, "--memory_size=2", "--batch_size=126", processes=processes)
+    assert set(started.wait()) <= {2, -15}
+    error = started.stderr()
+    assert error.startswith("error: image_folder has 3 classes with 30 to 30 training images each: ")
+    assert error.count("\n") == 1 and len(re.findall(r"\(try ", error)) == 3, error
+    tried = " ".join(re.findall(r"\(try (?:0, or )?([^)]*)\)", error)).split()
+    assert tried[:6] == ["--num_bases", "2", "--increment", "1", "--memory_size", "60"]
+    finish(*flags, *tried, "--output_dir=run", processes=processes)
