@@ -1285,7 +1285,10 @@ class Run:
         if "checkpoint.pt" in found:
             return self.read_checkpoint(self.dir / "checkpoint.pt")
         log, results = self.dir / "log.jsonl", self.dir / "results.json"
-        done = len(json.loads(results.read_text())["acc1s"]) if results.exists() else 0
+        try:
+            done = len(json.loads(results.read_text())["acc1s"])
+        except (OSError, ValueError, KeyError):
+            done = 0
         if found and (not log.exists() or f'"task": {done},' in log.read_text()):
             raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on "
                              "from; name another --output_dir")
