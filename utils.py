@@ -522,7 +522,8 @@ def build_scenarios(args):
     order = together(lambda: get_class_order(args, total), args)
     (_, train_y), (_, test_y) = splits
     counts = np.split(np.bincount(train_y)[order], np.cumsum(increments)[:-1])
-    smallest = min(map(sum, counts))
+    # (grow.py loads its first task, and trains on the others.)
+    smallest = min(map(sum, counts[getattr(args, "loaded_tasks", 0):]))
     if smallest < args.batch_size:
         fail(f"--batch_size {args.batch_size}: the smallest task has {smallest} images only")
     # (A zoom needs the pixels that scaling would throw away.)
