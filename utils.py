@@ -600,7 +600,9 @@ def build_scenarios(args):
     increments = [first] + [increment] * ((total - first) // increment)
     increments += [total - sum(increments)] * (sum(increments) < total)
     order = together(lambda: get_class_order(args, total), args)
-    smallest = min(map(sum, np.split(counts[order], np.cumsum(increments)[:-1])))
+    tasks = np.split(counts[order], np.cumsum(increments)[:-1])
+    # (grow.py loads its first task, and trains on the others.)
+    smallest = min(map(sum, tasks[getattr(args, "loaded_tasks", 0):]))
     if smallest < args.batch_size:
         share = 2 ** int(math.log2(max(1, smallest / 3 / args.world_size)))
         wrong.append(f"--batch_size {args.batch_size} is more than the {smallest} images of the "

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from conftest import ROOT, SHORT, run_file
 from PIL import Image
 
 import utils
-from tutorial.tools import figures, reproduce, tables
+from tutorial.methods import lucir, podnet
+from tutorial.tools import figures, grow, keep, reproduce, shapes, tables, use
 from tutorial.tools.reproduce import GROUPS, apply, blocks
 
 TEXTS = tables.TEXTS
@@ -428,6 +430,83 @@ def test_feature_kd_runs_and_its_loss_is_its_formula(tmp_path, launch):
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_shapes_are_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shapes.write("data/shapes")
+    said = capsys.readouterr().out
+    assert said in (ROOT / "tutorial/13_use_the_model.md").read_text()
+    shapes.write("again")
+    pictures = {path.relative_to("again"): path.read_bytes() for path in Path("again").rglob("*.png")}
+    assert all(Path("data/shapes", path).read_bytes() == data for path, data in pictures.items())
+    counts = {}
+    for path in pictures:
+        month, split, shape, _ = path.parts
+        counts.setdefault((month, split), {}).setdefault(shape, 0)
+        counts[month, split][shape] += 1
+        if month == "now" and split == "test":  # next month they are tested again
+            assert pictures[Path("next_month", *path.parts[1:])] == pictures[path]
+    old, new = set(shapes.SHAPES) - set(shapes.NEW), set(shapes.NEW)
+    assert len(old) == 6 and len(new) == 2
+    assert counts == {
+        ("now", "train"): dict.fromkeys(old, 40), ("now", "test"): dict.fromkeys(old, 20),
+        ("next_month", "train"): dict.fromkeys(new, 40),
+        ("next_month", "test"): dict.fromkeys(old | new, 20)}
+    assert len(set(pictures.values())) == 8 * 60  # no picture twice
+    for path in pictures:
+        with Image.open(Path("again", path)) as image:
+            assert image.size == (32, 32) and image.mode == "RGB" and np.asarray(image).std() > 10
+    with pytest.raises(SystemExit):
+        shapes.write("again")
+    assert capsys.readouterr().err == "error: again is not empty: name a new folder\n"
+
+
+def test_exemplars_are_kept(tmp_path, image_folder, monkeypatch, capsys):
+    folder = image_folder(("red", "blue"), train=3)
+    monkeypatch.chdir(tmp_path)
+    (folder / "train/red/more").mkdir()
+    (folder / "train/red/more/0.png").write_bytes(b"another of this name")
+    listing = {"red": ["images/train/red/0.png", "images/train/red/more/0.png"],
+               "blue": ["images/train/blue/2.png"]}
+    Path("exemplars.json").write_text(json.dumps(listing))
+    keep.keep("exemplars.json", "kept")
+    assert capsys.readouterr().out == "kept/train: 3 exemplars of blue, red\n"
+    for name, paths in listing.items():
+        assert [path.read_bytes() for path in sorted(Path("kept/train", name).iterdir())] == [
+            Path(path).read_bytes() for path in paths]
+
+    def refused(target):
+        with pytest.raises(SystemExit):
+            keep.keep("exemplars.json", target)
+        return capsys.readouterr().err
+
+    assert refused("kept") == ("error: kept/train/red is there already: name a folder without the "
+                               "old classes\n")
+    assert "not a folder that can be written" in refused("exemplars.json")
+    Path(listing["blue"][0]).unlink()
+    assert "images/train/blue/2.png, which exemplars.json names, is not there" in refused("new")
+    assert not Path("new").exists()
+    for text in ("[]", "{", '{"red": 3}', '{"red": [3]}'):
+        Path("exemplars.json").write_text(text)
+        assert re.fullmatch("error: exemplars.json is no exemplars.json .*\n", refused("new"))
+
+
+def test_the_commands_of_chapter_13_run(tmp_path, launch):
+    """All of them, one after the other, but with short training."""
+    text = "\n".join(blocks((ROOT / "tutorial/13_use_the_model.md").read_text(), "bash"))
+    for line in filter(None, text.splitlines()):
+        words = shlex.split(line)
+        place = next(i for i, word in enumerate(words) if word.endswith(".py") or "tutorial." in word)
+        name, arguments = words[place], words[place + 1:]
+        if name.split(".")[-1] in ("py", "grow"):
+            arguments += ["--num_epochs=1", "--num_workers=0", "--no_plots"]
+        started = launch(function=run_file, arguments=(ROOT, name, arguments),
+                         processes=2 if "--nproc_per_node=2" in words else 1)
+        assert set(started.wait()) == {0}, (line, started.stderr())
+        if name == "tutorial.tools.use":  # as many lines as the chapter shows
+            assert [said.split(": ")[0] for said in started.stdout().splitlines()] == arguments[1:]
+    assert (tmp_path / "runs/shapes_grown/model.pt").exists()
+
+
 @pytest.fixture
 def small_run(tmp_path, image_folder, finish):
     """A run over three of four classes of a folder: (folder of images, run directory)."""
@@ -454,14 +533,13 @@ def test_a_trained_model_classifies_and_grows(small_run, launch, tmp_path):
     said = launch(function=run_file, arguments=(ROOT, "tutorial.tools.use", [str(old / "model.pt"), str(picture)]))
     assert said.wait() == [0] and re.fullmatch(r".*\.png: (red|green|blue) \(\d+ %\)\n", said.stdout())
 
-    for step in ("--stop_after_task=1", "--resume"):  # ended before anything was trained
+    for step in ("--stop_after_task=1", "--resume"):  # stopped before anything was trained
         grown = launch(function=run_file, processes=2, arguments=(ROOT, "tutorial.tools.grow", [
             f"--model={old / 'model.pt'}", f"--data_path={whole}", "--increment=1", "--num_epochs=2",
             "--batch_size=8", "--memory_size=12", "--num_workers=0", "--no_plots",
             "--output_dir=new", step]))
         assert grown.wait() == [0, 0], grown.stderr()
-        if step != "--resume":  # as if killed there
-            (tmp_path / "new/model.pt").unlink()
+        assert (tmp_path / "new/log.jsonl").exists() == (step == "--resume")
     new = json.loads((tmp_path / "new/results.json").read_text())
     assert new["class_names"] == [*results["class_names"], "grey"] and new["increments"] == [3, 1]
     assert new["acc1s"][0] == pytest.approx(results["last_accuracy"])  # loaded, not trained
@@ -476,8 +554,118 @@ def test_a_trained_model_classifies_and_grows(small_run, launch, tmp_path):
     assert all(Path(path).exists() for paths in kept.values() for path in paths)
 
 
+def test_growing_from_the_exemplars_alone(small_run, launch, tmp_path):
+    """One of each old class, fewer than a batch, which the 12 of the new class must fill."""
+    whole, old = small_run
+    for name in ("red", "green", "blue"):
+        shutil.rmtree(whole / "train" / name)
+    keep.keep(old / "exemplars.json", whole)
+    for path in whole.glob("train/*/[1-9]_*"):
+        path.unlink()
+
+    def grown(*flags):
+        started = launch(function=run_file, arguments=(ROOT, "tutorial.tools.grow", [
+            f"--model={old / 'model.pt'}", f"--data_path={whole}", "--increment=1", "--num_epochs=2",
+            "--memory_size=12", "--num_workers=0", "--no_plots", "--output_dir=new", *flags]))
+        return started.wait(), started.stderr()
+
+    code, said = grown("--batch_size=13")
+    assert code == [2] and "--batch_size 13: the smallest task has 12 images only" in said
+    assert grown("--batch_size=8", "--stop_after_task=1") == ([0], "")
+    (tmp_path / "new/model.pt").unlink()  # as if killed there
+    assert grown("--batch_size=8", "--resume") == ([0], "")
+    results = json.loads((tmp_path / "new/results.json").read_text())
+    assert results["finished"] and results["increments"] == [3, 1]
+    kept = json.loads((tmp_path / "new/exemplars.json").read_text())
+    assert {name: len(paths) for name, paths in kept.items()} == dict(red=1, green=1, blue=1, grey=3)
+
+
+OWN_MODEL = '''
+import torch, utils
+from template import CilModel, CilTrainer, main
+from tutorial.tools.grow import GrownWA, get_parser, grow
+
+class OneLayer(torch.nn.Module):
+    """No heads: the rows of the old classes are copied into a larger layer."""
+    def __init__(self, width):
+        super().__init__()
+        self.layer = torch.nn.Linear(width, 0)
+    def expand(self, nb_classes):
+        old = self.layer
+        self.layer = torch.nn.Linear(old.in_features, old.out_features + nb_classes)
+        self.layer.weight.data[:old.out_features] = old.weight.data
+    def forward(self, features):
+        return self.layer(features)
+
+class OwnModel(CilModel):
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        self.fc = OneLayer(backbone.num_features)
+    def forward(self, images):
+        return *super().forward(images), "and more"
+
+class Own(CilTrainer):
+    model_class = OwnModel
+    def compute_loss(self, images, targets):
+        logits, _, _ = self.parallel_model(images)
+        return torch.nn.functional.cross_entropy(logits, targets), logits
+
+class GrownOwn(GrownWA, Own):
+    pass
+
+if __name__ == "__main__":
+    import sys
+    if "--model" in sys.argv:
+        grow(get_parser().parse_args(), GrownOwn)
+    else:
+        main(utils.get_parser().parse_args(), Own)
+'''
+# What the help of grow.py shows.
+GROWN_LUCIR = textwrap.dedent(grow.__doc__.split("In a file of your own:\n")[1])
+
+
+@pytest.mark.parametrize("program, text, classes", [
+    ("own.py", OWN_MODEL, lambda: __import__("own").OwnModel),
+    ("tutorial.methods.lucir", GROWN_LUCIR, lambda: lucir.LUCIRModel),
+    ("tutorial.methods.podnet", GROWN_LUCIR.replace("lucir", "podnet").replace("LUCIR", "PODNet"),
+     lambda: podnet.PODModel)])
+def test_another_network_is_used_and_grows(tmp_path, image_folder, launch, monkeypatch, program, text,
+                                           classes):
+    (tmp_path / "own.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    whole = image_folder()
+    shutil.copytree(whole, tmp_path / "three", ignore=shutil.ignore_patterns("grey"))
+    flags = ["--increment=1", "--num_epochs=4", "--batch_size=8", "--memory_size=12",
+             "--num_workers=0", "--no_plots", "--no_align"]
+
+    def run(name, *more):
+        started = launch(function=run_file, arguments=(
+            ROOT if name.startswith("tutorial.") else tmp_path, name, [*flags, *more]))
+        assert started.wait() == [0], started.stderr()
+
+    def answers(path):  # as in the run itself?
+        model, transform, names = use.load(path / "model.pt", classes())
+        results = json.loads((path / "results.json").read_text())
+        files = [file for file in (whole / "test").rglob("*.png") if file.parent.name in names]
+        hits = [use.classify(model, transform, names, Image.open(file))[0] == file.parent.name
+                for file in files]
+        assert 100 * np.mean(hits) == pytest.approx(results["last_accuracy"])
+        return results
+
+    run(program, "--data_set=image_folder", f"--data_path={tmp_path / 'three'}", "--num_bases=1",
+        "--input_size=16", "--backbone=resnet20", "--output_dir=old")
+    old = answers(tmp_path / "old")
+    run("own.py", "--model", str(tmp_path / "old/model.pt"), f"--data_path={whole}", "--output_dir=new")
+    new = answers(tmp_path / "new")
+    assert new["method"].startswith("Grown") and new["increments"] == [3, 1]
+    assert new["acc1s"][0] == pytest.approx(old["last_accuracy"])  # loaded, not trained
+
+
 @pytest.mark.parametrize("module, arguments, message", [
     ("tutorial.tools.use", ["no_such.pt", "x.png"], "no_such.pt is no model.pt"),
+    ("tutorial.tools.keep", ["no_such.json", "x"], "no_such.json is no exemplars.json"),
+    ("tutorial.tools.shapes", [__file__], "not a folder that can be written"),
+    ("tutorial.tools.shapes", [], "folder"),
     ("tutorial.tools.grow", ["--model=no_such.pt", "--data_path=."], "--model no_such.pt"),
     ("tutorial.tools.grow", ["--data_path=."], "--model")])
 def test_bad_input_of_the_programs_is_one_line(launch, module, arguments, message):

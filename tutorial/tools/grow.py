@@ -4,9 +4,20 @@
         --increment 5 --memory_size 200 --batch_size 32
 
 DIR/train and DIR/test (or val) hold a folder for each class, old and new. Of an old class train/
-needs no more than the exemplars: exemplars.json of the old run names them. Epochs, learning rate
-and the rest are flags as ever, with the preset of the old run's data set.
+needs no more than the exemplars, which keep.py puts there. Epochs, learning rate and the rest are
+flags as ever, with the preset of the old run's data set.
+
+Another method grows, too, with `GrownWA` before it. In a file of your own:
+
+    from tutorial.methods import lucir
+    from tutorial.tools.grow import GrownWA, get_parser, grow
+
+    class GrownLUCIR(GrownWA, lucir.LUCIR):
+        pass
+
+    grow(get_parser(lucir.get_parser()).parse_args(), GrownLUCIR)
 """
+import re
 from pathlib import Path
 
 import torch
@@ -24,10 +35,11 @@ class GrownWA(CilTrainer):
         super().expand_model(nb_new, new_data)
         if self.task == 0:
             saved = torch.load(self.args.model, map_location="cpu", weights_only=True)
-            weights = saved["state_dict"]
-            for kind in ("weight", "bias"):  # the old heads, one for each old task, become one
-                heads = [f"fc.heads.{i}.{kind}" for i in range(len(saved["increments"]))]
-                weights[f"fc.heads.0.{kind}"] = torch.cat([weights.pop(name) for name in heads])
+            weights = {}
+            for name, weight in saved["state_dict"].items():
+                name = re.sub(r"^fc\.heads\.\d+\.", "fc.heads.0.", name)
+                # The old heads, one for each old task, become one.
+                weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
             self.model.load_state_dict(weights)
 
     def train_task(self, train_set):
@@ -36,7 +48,7 @@ class GrownWA(CilTrainer):
             super().train_task(train_set)
 
 
-def continue_from(args):
+def continue_from(args, model_class):
     """Fill in what the old run decides: network, image size, and the old classes as first task."""
     given = [name for name in ("num_bases", "backbone", "input_size") if getattr(args, name)]
     if given or args.data_set != "digits" or args.class_order != "default":
@@ -50,7 +62,7 @@ def continue_from(args):
     except Exception as error:
         utils.fail(f"--model {args.model} --data_path {args.data_path}: needs the model.pt of a "
                    f"finished run and a folder with train/<class>/* ({error})")
-    load(args.model)  # says so and ends here if the network is no CilModel
+    load(args.model, model_class)  # says so and ends here if it is another network
     for name in ("data_set", "backbone", "input_size"):
         setattr(args, name, saved["args"][name])
     if args.data_set == "digits":
@@ -66,13 +78,19 @@ def continue_from(args):
     args.num_bases = len(old)
 
 
-def get_parser():
-    parser = utils.get_parser()
+def grow(args, Trainer=GrownWA):
+    """`main` of the template, with the finished run --model as first task."""
+    continue_from(args, Trainer.model_class)
+    main(args, Trainer)
+
+
+def get_parser(parser=None):
+    """parser: that of another method, with its flags."""
+    parser = parser or utils.get_parser()
     parser.add_argument("--model", required=True, help="model.pt of the finished run")
+    parser.set_defaults(loaded_tasks=1)  # so the old classes' images need not fill a batch
     return parser
 
 
 if __name__ == "__main__":
-    arguments = get_parser().parse_args()
-    continue_from(arguments)
-    main(arguments, GrownWA)
+    grow(get_parser().parse_args())

@@ -8,7 +8,8 @@ Or in a program:
     model, transform, names = load("runs/NAME/model.pt")
     name, probability = classify(model, transform, names, utils.open_image("fox.png"))
 
-A backbone of your own must be registered first: import its file before you call load.
+A backbone of your own must be registered first: import its file before you call load. A network
+class of your own is given to it: load(path, MyModel).
 """
 import argparse
 
@@ -18,9 +19,11 @@ import utils
 from template import CilModel
 
 
-def load(path):
+def load(path, model_class=CilModel):
     """A trained model from model.pt. Returns (model, transform, class names): the transform turns
-    an RGB PIL image into (3, H, W), and name c is that of column c of the logits."""
+    an RGB PIL image into (3, H, W), and name c is that of column c of the logits.
+
+    model_class(backbone) makes the network, and its `fc.expand(n)` makes room for n classes."""
     try:  # weights_only: a file from a stranger runs no code
         saved = torch.load(path, map_location="cpu", weights_only=True)
         args = argparse.Namespace(**saved["args"])
@@ -28,13 +31,14 @@ def load(path):
         utils.fail(f"{path} is no model.pt of a finished run ({type(error).__name__})")
     args.device, args.distributed = torch.device("cpu"), False
     args.pretrained = args.compile = False
-    model = CilModel(utils.create_backbone(args))
+    model = model_class(utils.create_backbone(args))
     for nb_classes in saved["increments"]:  # the shape first, then the weights
         model.fc.expand(nb_classes)
     try:
         model.load_state_dict(saved["state_dict"])
     except RuntimeError:
-        utils.fail(f"{path} holds no CilModel of template.py: another network needs its own loader")
+        utils.fail(f"{path} holds no {model_class.__name__}: for another network, give its class "
+                   "to load (chapter 13)")
     names = saved["class_names"][:sum(saved["increments"])]
     return model.requires_grad_(False).eval(), utils.build_transform(args, train=False), names
 
@@ -42,7 +46,7 @@ def load(path):
 @torch.no_grad()
 def classify(model, transform, names, image):
     """The likeliest class of one RGB PIL image and its probability: (name, 0 to 1)."""
-    logits, _ = model(transform(image)[None])  # (1, classes)
+    logits = model(transform(image)[None])[0]  # (1, classes)
     probability, best = logits.softmax(dim=1)[0].max(dim=0)
     return names[best], float(probability)
 
