@@ -34,8 +34,6 @@ import timm.utils
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from continuum import ClassIncremental, datasets as continuum_datasets
-from continuum.tasks import TaskType
 from PIL import Image
 from timm.utils.distributed import world_info_from_env
 from torch.distributed.rendezvous import rendezvous
@@ -473,7 +471,8 @@ def load_folder(args):
 
 def load_package(args):
     """The arrays of a data set of torchvision, downloaded by rank 0 if need be."""
-    source = getattr(continuum_datasets, PACKAGES[args.data_set])
+    from continuum import datasets
+    source = getattr(datasets, PACKAGES[args.data_set])
     with contextlib.redirect_stdout(sys.stderr):
         found = rank_0_first(
             lambda: [source(args.data_path, train=train, download=args.rank == 0)
@@ -560,16 +559,21 @@ def get_class_order(args, nb_classes):
     return order
 
 
-class Scenario(ClassIncremental):
-    """continuum's scenario, here over row numbers: `scenario.images(t)` are the images of task t.
+class Scenario:
+    """continuum's `ClassIncremental`, over row numbers: `images(t)` are the images of task t.
 
     x, y: the whole data set, images or paths and labels; x is kept as `hold` says. The labels of
     the images are positions in the class order: the first task has the labels 0 to num_bases - 1.
     """
 
     def __init__(self, x, y, fits, increments, class_order, class_names, args):
-        rows = continuum_datasets.InMemoryDataset(np.arange(len(y)), y, data_type=TaskType.TENSOR)
-        super().__init__(rows, increment=increments, class_order=class_order)
+        # (Imported here, since that takes seconds, and a wrong flag is to be answered at once.)
+        from continuum import ClassIncremental
+        from continuum.datasets import InMemoryDataset
+        from continuum.tasks import TaskType
+        rows = InMemoryDataset(np.arange(len(y)), y, data_type=TaskType.TENSOR)
+        self.tasks = ClassIncremental(rows, increment=increments, class_order=class_order)
+        self.increments, self.class_order = increments, class_order
         self.class_names = [class_names[c] for c in class_order]
         self.files = x if x.ndim == 1 else None
         labels = np.argsort(class_order)[y]
@@ -580,7 +584,7 @@ class Scenario(ClassIncremental):
 
     def images(self, tasks):
         """The images of one task, or of a slice of tasks, as an ImageSet."""
-        rows, _, _ = self[tasks].get_raw_samples()
+        rows, _, _ = self.tasks[tasks].get_raw_samples()
         return self.data.select(rows)
 
 
@@ -1226,10 +1230,10 @@ class Run:
         cuda = args.device.type == "cuda"
         self.start = self.saved = time.time()
         self.images, self.train_seconds, self.log = 0, 0.0, []
-        self.increments = list(scenario.increments)
+        self.increments = scenario.increments
         self.results = {
             "method": method, "args": args.config, "increments": self.increments,
-            "class_order": [int(c) for c in scenario.class_order],
+            "class_order": scenario.class_order,
             "class_names": scenario.class_names, **{key: [] for key in HISTORY}, "gammas": [],
             "world_size": args.world_size,
             "device": torch.cuda.get_device_name() if cuda else args.device.type,

@@ -167,7 +167,7 @@ CASES = [
     (["--margin=3"], None, {}, "tutorial.methods.lucir"),
     (["--compile"], None, {}, "tutorial.methods.podnet"),
     (["--compile"], None, {}, "tutorial.methods.itaml"),
-    (["--backbone=resnet18"], None, {}, "tutorial.methods.aanets"),
+    (["--branch_1=none"], None, {}, "tutorial.methods.aanets"),
     (["--baseline=wa"], None, {}, "tutorial.methods.aanets"),
     (["--patience=-1"], None, {}, "tutorial.methods.bal_ft"),
     (["--visual=huge"], None, {}, "tutorial.methods.alta"),

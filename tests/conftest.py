@@ -23,7 +23,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the bit is a promise for the
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, and the same sums in every run
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["template"])
+CONTEXT.set_forkserver_preload(["template", "continuum"])
 
 # A whole run in about two seconds: 4 + 3 + 3 classes of digits, two epochs for each.
 SHORT = ["--num_bases=4", "--increment=3", "--num_epochs=2", "--no_plots"]

@@ -362,7 +362,7 @@ def test_increments(bases, increment, expected):
         for scenario in (train, test):
             assert sorted(set(scenario.images(t).y)) == list(range(low, low + size))
             # as continuum itself relabels
-            assert np.array_equal(scenario.images(t).y, scenario[t].get_raw_samples()[1])
+            assert np.array_equal(scenario.images(t).y, scenario.tasks[t].get_raw_samples()[1])
 
 
 def test_class_order(tmp_path):

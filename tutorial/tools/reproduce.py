@@ -120,7 +120,7 @@ CHANGED = {"balanced.py": "### 1.", "hardest.py": "### 2.", "tiny.py": "### 3."}
 # fresh fork of it. Where there is none (Windows), each run imports for itself.
 FORKS = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
-CONTEXT.set_forkserver_preload(["template"])
+CONTEXT.set_forkserver_preload(["template", "continuum"])
 
 
 def fail(message):
