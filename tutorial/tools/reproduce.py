@@ -93,6 +93,7 @@ GROUPS = {
     "digits_balanced": ("balanced.py", "--no_align", TEN),
     "digits_clipped": ("wa_variants", "--variant clipped", TEN),
     "digits_cluster": ("template.py", "--herding_method cluster", TEN),
+    "digits_der": ("der", "", TEN),
     "digits_dynamic": ("template.py", "--lambda_kd dynamic", TEN),
     "digits_entropy": ("template.py", "--herding_method entropy", TEN),
     "digits_feature": ("feature_kd", "", TEN),
