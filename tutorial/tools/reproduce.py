@@ -116,6 +116,9 @@ GROUPS = {
 }
 # The changed templates: template.py with the changes of this section of chapter 12.
 CHANGED = {"balanced.py": "### 1.", "hardest.py": "### 2.", "tiny.py": "### 3."}
+# Its recipes, of which no runs are recorded: likewise.
+RECIPES = {"sampler.py": "### A balanced sampler", "two_fits.py": "### A second fit",
+           "bic.py": "### A correction"}
 
 # Importing torch, timm and continuum takes seconds. A fork server does it once; every run is a
 # fresh fork of it. Where there is none (Windows), each run imports for itself.
@@ -214,7 +217,8 @@ def changed_template(program):
     """The source of template.py with the changes that a section of chapter 12 shows."""
     text = (ROOT / "tutorial/12_make_it_yours.md").read_text()
     sections = re.split(r"(?m)^(?=##)", text)
-    section = next(part for part in sections if part.startswith(CHANGED[program]))
+    start = (CHANGED | RECIPES)[program]
+    section = next(part for part in sections if part.startswith(start))
     source = (ROOT / "template.py").read_text()
     for diff in blocks(section, "diff"):
         source = apply(diff, source)
