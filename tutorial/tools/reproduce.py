@@ -94,6 +94,8 @@ GROUPS = {
     "digits_clipped": ("wa_variants", "--variant clipped", TEN),
     "digits_cluster": ("template.py", "--herding_method cluster", TEN),
     "digits_der": ("der", "", TEN),
+    "digits_der_no_aux": ("der", "--lambda_aux 0", TEN),
+    "digits_der_one_stage": ("der", "--num_epochs_ft 0", TEN),
     "digits_dynamic": ("template.py", "--lambda_kd dynamic", TEN),
     "digits_entropy": ("template.py", "--herding_method entropy", TEN),
     "digits_feature": ("feature_kd", "", TEN),
