@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import utils
 from template import CilModel, CilTrainer
-from tutorial.methods import aanets, bal_ft, itaml, itaml_inference, lucir, patience, podnet
+from tutorial.methods import aanets, bal_ft, der, itaml, itaml_inference, lucir, patience, podnet
 
 # The flags of a short run of each method.
 METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=2", "--batch_size=16"],
@@ -27,9 +27,11 @@ METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=2", "--batch_size=16"],
            "aanets": ["--baseline=lucir", "--fusion_lr=0.1"],
            "bal_ft": ["--loss=own", "--num_epochs_ft=2", "--batch_size=16", "--reinit_heads",
                       "--herding_method=entropy", "--patience=1"],
-           "itaml": ["--inner_steps=2", "--milestones", "0.5"]}
+           "itaml": ["--inner_steps=2", "--milestones", "0.5"],
+           "der": ["--num_epochs_ft=2", "--batch_size=16"]}
 
 TRAINERS = {"bal_ft": (bal_ft.get_parser, bal_ft.BalFT), "itaml": (itaml.get_parser, itaml.ITAML),
+            "der": (der.get_parser, der.DER),
             "patience": (bal_ft.get_parser, patience.Patience)}
 for name, (module, Baseline) in aanets.BASELINES.items():
     TRAINERS[name] = module.get_parser, Baseline
@@ -934,6 +936,109 @@ def test_itaml_networks():
     assert mlp(torch.zeros(2, 3, 28, 28)).shape == (2, 400)
 
 
+# ---- DER -----------------------------------------------------------------------------------
+
+def test_der_aux_targets_and_loss_against_their_formulas():
+    """Old classes are 0, new ones 1 to |new|; in stage 2 a temperature, and no auxiliary loss."""
+    trainer = make("der", "--lambda_aux=0.5", "--temperature_ft=3")
+    y = TARGETS.numpy()
+    with torch.no_grad():
+        z, features, aux = (x.double().numpy() for x in trainer.model(BATCH))
+    assert z.shape == (8, 6) and features.shape == (8, 128) and aux.shape == (8, 3)
+    head = trainer.model.backbone.aux
+    own = features[:, 64:] @ head.weight.detach().double().numpy().T + head.bias.detach().double().numpy()
+    np.testing.assert_allclose(aux, own, atol=1e-5)  # it sees the newest branch alone
+    expected = cross_entropy(z, y) + 0.5 * cross_entropy(aux, [0, 0, 0, 0, 1, 2, 0, 1])
+    for stage, value in ((0, expected), (1, cross_entropy(z / 3, y))):
+        trainer.stage = stage
+        loss, logits = trainer.compute_loss(BATCH, TARGETS)
+        assert float(loss.detach()) == pytest.approx(float(value), rel=1e-5)
+        np.testing.assert_allclose(logits.detach(), z, rtol=1e-4, atol=1e-6)
+    first = make("der").model.backbone.branches[0]
+    single = der.DERModel(first)
+    single.fc.expand(4)
+    trainer.parallel_model, trainer.known_classes, trainer.stage = single.eval(), 0, 0
+    with torch.no_grad():  # in the first task plain cross-entropy
+        z = single(BATCH)[0].double().numpy()
+        loss, _ = trainer.compute_loss(BATCH, TARGETS.clamp(max=3))
+    assert float(loss) == pytest.approx(cross_entropy(z, np.minimum(y, 3)), rel=1e-5)
+
+
+def test_der_grows_by_one_backbone_and_keeps_the_old_weights_of_the_classifier():
+    args = utils.setup(der.get_parser().parse_args([]))
+    trainer, counts = der.DER(args), []
+    trainer.model.fc.heads.append(torch.nn.Linear(64, 4))  # of the first task, biases not 0
+    trainer.known_classes, d = 4, 64
+    backbone = parameters(trainer.model.backbone)
+    for task, known in ((1, 4), (2, 6), (3, 8)):
+        old = copy.deepcopy(trainer.model)
+        trainer.teacher = old
+        trainer.task, trainer.known_classes = task, known
+        trainer.expand_model(2, None)
+        assert trainer.teacher is None
+        *frozen, newest = trainer.model.backbone.branches
+        assert len(frozen) == task and not any(p.requires_grad for p in torch.nn.ModuleList(frozen).parameters())
+        assert all(p.requires_grad for p in newest.parameters())
+        assert not changed_since(state_of(frozen[-1]), newest)  # it starts as a copy
+        heads = trainer.model.fc.heads
+        assert [head.weight.shape for head in heads[1:]] == [(2, d * (task + 1))] * task
+        for before, head in zip(old.fc.heads, heads):
+            assert torch.equal(head.weight[:, :d * task], before.weight) and torch.equal(head.bias, before.bias)
+            assert head.weight[:, d * task:].abs().min() > 0
+            head.weight.data[:, d * task:] = 0  # without the new features nothing has changed
+        with torch.no_grad():
+            z, features, _ = trainer.model.eval()(BATCH)
+            torch.testing.assert_close(z[:, :known], old.eval()(BATCH)[0])
+        assert features.shape == (8, d * (task + 1))
+        counts.append(parameters(trainer.model))
+    new_heads = [(known + 2) * (d * (task + 1) + 1) + 3 * (d + 1) for task, known in ((1, 4), (2, 6), (3, 8))]
+    assert counts == [(t + 1) * backbone + heads for t, heads in zip((1, 2, 3), new_heads)]
+    assert counts[-1] == 1_090_061 and backbone == 271_824  # as chapter 21 says
+    model = der.DERModel(timm.create_model("resnet32", num_classes=0))
+    for size in [50] + 5 * [10]:
+        if len(model.fc.heads):
+            model.widen(size)
+        model.fc.expand(size)
+    assert parameters(model) == 2_836_751 and parameters(model.backbone.branches[0]) == 466_256
+
+
+def test_der_old_branches_keep_still_in_both_stages():
+    """Also if the whole model is put into training mode, and with weight decay and momentum."""
+    trainer = make("der", "--num_epochs_ft=1", "--memory_size=30", "--batch_size=8", "--weight_decay=0.1")
+    trainer.exemplars = [images_of([c], trainer.args, each=6) for c in range(4)]
+    every, stages = set(trainer.model.state_dict()), []
+
+    def fit(train_set, parameters, num_epochs, lr):
+        trainer.stage, before = len(stages), state_of(trainer.model)
+        optimizer, _ = trainer.make_optimizer(parameters, 2, 0.1)
+        for _ in range(2):
+            trainer.train_epoch(trainer.make_loader(train_set), optimizer)
+        stages.append((changed_since(before, trainer.model), sorted(np.bincount(train_set.y))))
+    trainer.fit = fit
+    trainer.train_task(images_of(range(4, 6), trainer.args).join(trainer.exemplars))
+    old = {name for name in every if name.startswith("backbone.branches.0.")}
+    heads = {name for name in every if name.startswith("fc.heads.")}
+    assert any("running_mean" in name for name in old)
+    assert stages == [(every - old, [6, 6, 6, 6, 12, 12]), (heads, [5] * 6)]
+    old_branch, newest = trainer.model.train().backbone.branches
+    assert not any(module.training for module in old_branch.modules()) and newest.training
+    assert all(p.requires_grad for p in newest.parameters())  # again, for the next fit
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_der_a_finished_branch_never_changes_in_a_run(run, processes):
+    """To the bit, from one task to the next; and checkpoints hold no teacher."""
+    before = {}
+    for task, stop in enumerate(("--stop_after_task=1", "--stop_after_task=2", "--stop_after_task=3")):
+        folder, _ = run("der", *METHODS["der"], "--amp=bf16", "--resume", stop, processes=processes)
+        weights = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+        assert {name.split(".")[2] for name in weights if "branches" in name} == {*map(str, range(task + 1))}
+        assert all(torch.equal(weights[name], x) for name, x in before.items())
+        before = {name: x for name, x in weights.items() if "branches" in name}
+    assert len(before) > 300 and results_of(folder)["finished"]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["teacher"] is None
+
+
 # ---- runs ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", METHODS)
@@ -1135,7 +1240,10 @@ def test_frozen_modules_rest_and_learn_again():
     ("itaml", ["--milestones", "20"], "--milestones"),
     ("itaml", ["--backbone=mlp400", "--pretrained"], "no pretrained weights"),
     ("itaml", ["--beta=inf"], "--beta"),
-    *((name, ["--compile"], "--compile: ") for name in ("podnet", "aanets", "itaml"))])
+    ("der", ["--lambda_aux=-1"], "--lambda_aux"),
+    ("der", ["--temperature_ft=0"], "--temperature_ft"),
+    ("der", ["--memory_size=0"], "stage 2 learns from exemplars"),
+    *((name, ["--compile"], "--compile: ") for name in ("podnet", "aanets", "itaml", "der"))])
 def test_bad_input_of_the_methods_is_one_line(name, flags, message, launch):
     started = launch(function=run_file, arguments=(ROOT, f"tutorial.methods.{name}", [
         "--no_plots", *flags, "--output_dir=out"]))
@@ -1156,7 +1264,7 @@ STEPS = {"expand_model", "train_task", "make_loader", "make_optimizer", "train_e
          "update_memory", "finish_task", "predict"}
 # Lines of code at most. Those above 60 bring a network or a schedule along; their chapters say so.
 LIMITS = {"icarl": 60, "lucir": 85, "podnet": 100, "aanets": 120, "bal_ft": 60, "patience": 70,
-          "itaml": 120, "itaml_inference": 60, "itaml_networks": 60,
+          "itaml": 120, "itaml_inference": 60, "itaml_networks": 60, "der": 90,
           "feature_kd": 60, "wa_variants": 60, "grow": 60}
 
 

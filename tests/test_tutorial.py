@@ -5,7 +5,7 @@ rules to all texts; another shows that each rule complains about a broken text.
 """
 import ast
 import doctest
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -22,8 +22,9 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, run_file
+from conftest import ROOT, SHORT, read_results, run_file
 from PIL import Image
+from test_resume import log_lines, same_model
 
 import utils
 from tutorial.methods import lucir, podnet
@@ -223,7 +224,7 @@ def test_each_rule_sees_a_broken_text(rule, text):
 
 def test_the_map_leads_to_every_chapter_and_each_to_the_next():
     overview = (ROOT / "tutorial/README.md").read_text()
-    assert len(CHAPTERS) == 20
+    assert len(CHAPTERS) == 21
     for number, (chapter, following) in enumerate(zip(CHAPTERS, [*CHAPTERS[1:], None]), 1):
         text = chapter.read_text()
         title = re.match(r"# (\d+)\. (.+)\n", text)
@@ -396,6 +397,139 @@ def test_the_changes_of_chapter_12_run(tmp_path, launch, name):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert f"{results['method']}.py" == program
     assert results["finished"] and len(results["acc1s"]) == 3
+
+
+def run_recipe(folder, program, flags, die_after=None):
+    """A run of a changed template, or until rank 0 has logged so many epochs: there it is killed."""
+    end_epoch = utils.Run.end_epoch
+
+    def dying(self, trainer, *rest):
+        end_epoch(self, trainer, *rest)
+        if trainer.args.rank == 0 and len(self.log) == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if die_after:
+        utils.Run.end_epoch, utils.CHECKPOINT_SECONDS = dying, 0
+    run_file(folder, program, flags)
+
+
+# A recipe, its flags, the stages of its tasks, and an epoch, counted from the run's first, to be
+# killed after: in the second task, where there are two stages in the second one.
+@pytest.mark.parametrize("program, flags, stages, epoch", [
+    ("sampler.py", [], {1}, 3), ("two_fits.py", ["--no_align", "--num_epochs=4"], {1, 2}, 9),
+    ("bic.py", ["--no_align", "--lambda_kd=dynamic"], {1, 2}, 5)])
+def test_the_recipes_of_chapter_12_run_and_can_be_resumed(tmp_path, launch, program, flags, stages, epoch):
+    (tmp_path / program).write_text(reproduce.changed_template(program))
+
+    def run(folder, *more, die_after=None):
+        started = launch(function=run_recipe, processes=2, arguments=(tmp_path, program, [
+            *SHORT, "--batch_size=16", *flags, f"--output_dir={folder}", *more], die_after))
+        return started.wait(), started.stderr()
+    assert run("whole")[0] == [0, 0]
+    assert run("again", die_after=epoch)[0][0] == -signal.SIGKILL
+    codes, said = run("again", "--resume")
+    assert codes == [0, 0], said
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert read_results(again) == read_results(whole) and same_model(again, whole)
+    assert log_lines(again) == log_lines(whole)
+    assert {line["stage"] for line in log_lines(whole)} == stages
+    assert read_results(whole)["finished"] and read_results(whole)["method"] == program[:-3]
+    if program == "bic.py":  # the first task's correction has nothing to correct
+        weights = torch.load(whole / "model.pt", weights_only=True)["state_dict"]
+        first, *later = [x for name, x in weights.items() if name.startswith("fc.bic")]
+        assert first.tolist() == [1, 0] and len(later) == 2
+        assert all((x - first).abs().min() > 1e-5 for x in later)
+
+
+@pytest.mark.parametrize("program", reproduce.RECIPES)
+def test_a_recipe_is_at_most_15_changed_lines(program):
+    text = (ROOT / "tutorial/12_make_it_yours.md").read_text()
+    section = text.split(f"\n{reproduce.RECIPES[program]}")[1].split("\n##")[0]
+    lines = [line for block in blocks(section, "diff") for line in block.splitlines()]
+    assert 1 < sum(line[0] in "+-" for line in lines) <= 15
+    assert all(len(line) <= 101 for line in reproduce.changed_template(program).splitlines())
+
+
+def changed_module(program, folder):
+    """A changed template as a module, with the trainer of a second task of four and two classes."""
+    from test_methods import images_of
+    (folder / program).write_text(reproduce.changed_template(program))
+    spec = importlib.util.spec_from_file_location(program[:-3], folder / program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    args = utils.setup(utils.get_parser().parse_args(["--memory_size=60"]))
+    trainer = module.CilTrainer(args)
+    for trainer.nb_new, trainer.known_classes in ((4, 0), (2, 4)):
+        trainer.expand_model(trainer.nb_new, None)
+    old, new = (images_of(classes, args, each) for classes, each in ((range(4), 12), ((4, 5), 80)))
+    trainer.exemplars = [old.select(old.y == c) for c in range(4)]
+    return trainer, new.join(trainer.exemplars)
+
+
+def test_the_recipes_do_what_they_say(tmp_path):
+    sampler, images = changed_module("sampler.py", tmp_path)
+    loader = sampler.make_loader(images)
+    drawn = [images.y[loader.sampler.draw()[0]] for loader.sampler.seed in range(30)]
+    shares = np.bincount(np.concatenate(drawn)) / sum(map(len, drawn))
+    assert shares == pytest.approx([1 / 6] * 6, abs=0.02)  # of 12 or 80 images
+
+    two, images = changed_module("two_fits.py", tmp_path)
+    fits = []
+    two.fit = lambda images, parameters, epochs, lr: fits.append(
+        (np.bincount(images.y).tolist(), epochs, [p.requires_grad for p in two.model.backbone.parameters()]))
+    two.train_task(images)
+    assert [fit[:2] for fit in fits] == [([12] * 4 + [80] * 2, 40), ([10] * 6, 20)]
+    assert all(fits[0][2]) and not any(fits[1][2])
+
+    bic, images = changed_module("bic.py", tmp_path)
+    fits, corrections = [], bic.model.fc.bic
+    bic.fit = lambda images, parameters, epochs, lr: fits.append(
+        (images, list(parameters), [p.requires_grad for p in corrections]))
+    bic.train_task(images)
+    (rest, _, resting), (held, (newest,), learning) = fits
+    assert np.bincount(held.y).tolist() == [2] * 6 and len(rest) + len(held) == len(images)
+    both = [{(y, x.numpy().tobytes()) for x, y in zip(part.x, part.y)} for part in (held, rest)]
+    assert not both[0] & both[1]
+    assert resting == [False, False] and learning == [False, True] and newest is corrections[1]
+    features = torch.randn(5, 64)
+    with torch.no_grad():
+        plain = bic.model.fc(features)
+        corrections[1].copy_(torch.tensor([0.5, -2.0]))
+        torch.testing.assert_close(bic.model.fc(features), torch.cat(
+            [plain[:, :4], 0.5 * plain[:, 4:] - 2], dim=1))
+
+
+def test_the_log_of_a_run_for_tensorboard(tmp_path, finish, monkeypatch, capsys):
+    from tutorial.tools import board
+    finish(*SHORT, "--output_dir=run")
+    text = (tmp_path / "run/log.jsonl").read_text()
+    found = list(board.scalars(text + '{"task": 1, "tor'))  # the trainer is just writing
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert len(found) == sum(map(len, lines)) and found[-1][2] == len(lines) == 6
+    losses = [(value, step) for name, value, step in found if name == "loss"]
+    assert losses == [(line["loss"], step) for step, line in enumerate(lines, 1)]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if not installed
+    for arguments, message in ((["run"], "pip install tensorboard"), ([], "runs")):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["board", *arguments])
+        with pytest.raises(SystemExit) as end:
+            board.main()
+        assert end.value.code == 2 and re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def test_tensorboard_reads_what_board_writes(tmp_path, monkeypatch, capsys):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tutorial.tools import board
+    (tmp_path / "log.jsonl").write_text('{"task": 1, "loss": 0.5}\n{"task": 1, "loss": 0.25}\n')
+    for _ in range(2):  # the second call replaces what the first has written
+        monkeypatch.setattr("sys.argv", ["board", str(tmp_path)])
+        board.main()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    monkeypatch.setattr("sys.argv", ["board", str(tmp_path / "no_such")])
+    with pytest.raises(SystemExit):
+        board.main()
+    assert re.fullmatch("error: .*no_such.*log.jsonl\n", capsys.readouterr().err)
 
 
 def test_a_diff_that_does_not_fit_is_one_line(capsys):

@@ -570,6 +570,28 @@ def draw_alta_digits():
     return figure
 
 
+def draw_der():
+    """Three branches, of which the newest learns; the classifier sees all, an auxiliary head the newest."""
+    figure, axes = canvas(8, 3.6)
+    put(axes, digit_samples()[5, 0], 0.15, 1.6, 0.75)
+    for task, (y, colour, state) in enumerate(((2.65, GREY, "frozen"), (1.6, GREY, "frozen"),
+                                               (0.55, ORANGE, "learns")), 1):
+        arrow(axes, (1.0, 1.97), (1.65, y + 0.38))
+        box(axes, 1.7, y, 1.5, 0.75, f"branch $F_{task}$\n{state}", colour)
+        box(axes, 3.85, y, 0.45, 0.75, f"$F_{task}(x)$", colour, 7)
+        arrow(axes, (3.25, y + 0.38), (3.8, y + 0.38))
+    axes.text(4.08, 3.48, "features, side by side", ha="center", fontsize=9)
+    box(axes, 5.3, 1.55, 2.5, 1.5, "classifier: known + new\n\nstage 1: with the branch\nstage 2: from scratch, alone,\n"
+        "on a balanced set", ORANGE, 9)
+    for y in (3.02, 1.98, 0.93):
+        arrow(axes, (4.35, y), (5.25, 2.3))
+    box(axes, 5.3, 0.3, 2.5, 0.7, "auxiliary head: 1 + new\n(in stage 1; not for answers)", PINK, 9)
+    arrow(axes, (4.35, 0.85), (5.25, 0.65), PINK)
+    axes.text(2.45, 0.2, "one more with each task", ha="center", fontsize=9, color=ORANGE)
+    axes.set(xlim=(0, 8), ylim=(0, 3.7))
+    return figure
+
+
 def cifar_images(data_path, per_class=1):
     """{class name: [images]} from CIFAR-100 as a folder."""
     from PIL import Image
@@ -625,7 +647,7 @@ def draw_transforms(data_path):
 PICTURES = [draw_digits, draw_cifar100, draw_cifar100_methods, draw_forgetting, draw_confusion, draw_exemplars,
             draw_norms, draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp,
             draw_icarl, draw_lucir, draw_podnet, draw_aanets, draw_alphas, draw_cross_task_loss, draw_cross_task,
-            draw_cross_task_cifar100, draw_itaml, draw_continuum, draw_alta, draw_alta_digits]
+            draw_cross_task_cifar100, draw_itaml, draw_continuum, draw_alta, draw_alta_digits, draw_der]
 PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
 
 

@@ -93,6 +93,9 @@ GROUPS = {
     "digits_balanced": ("balanced.py", "--no_align", TEN),
     "digits_clipped": ("wa_variants", "--variant clipped", TEN),
     "digits_cluster": ("template.py", "--herding_method cluster", TEN),
+    "digits_der": ("der", "", TEN),
+    "digits_der_no_aux": ("der", "--lambda_aux 0", TEN),
+    "digits_der_one_stage": ("der", "--num_epochs_ft 0", TEN),
     "digits_dynamic": ("template.py", "--lambda_kd dynamic", TEN),
     "digits_entropy": ("template.py", "--herding_method entropy", TEN),
     "digits_feature": ("feature_kd", "", TEN),
@@ -115,6 +118,9 @@ GROUPS = {
 }
 # The changed templates: template.py with the changes of this section of chapter 12.
 CHANGED = {"balanced.py": "### 1.", "hardest.py": "### 2.", "tiny.py": "### 3."}
+# Its recipes, of which no runs are recorded: likewise.
+RECIPES = {"sampler.py": "### A balanced sampler", "two_fits.py": "### A second fit",
+           "bic.py": "### A correction"}
 
 # Importing torch, timm and continuum takes seconds. A fork server does it once; every run is a
 # fresh fork of it. Where there is none (Windows), each run imports for itself.
@@ -213,7 +219,8 @@ def changed_template(program):
     """The source of template.py with the changes that a section of chapter 12 shows."""
     text = (ROOT / "tutorial/12_make_it_yours.md").read_text()
     sections = re.split(r"(?m)^(?=##)", text)
-    section = next(part for part in sections if part.startswith(CHANGED[program]))
+    start = (CHANGED | RECIPES)[program]
+    section = next(part for part in sections if part.startswith(start))
     source = (ROOT / "template.py").read_text()
     for diff in blocks(section, "diff"):
         source = apply(diff, source)

@@ -203,7 +203,8 @@ def methods():
         ("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.methods.icarl", "icarl"),
         ("LUCIR", "-m tutorial.methods.lucir", "lucir"), ("PODNet", "-m tutorial.methods.podnet", "podnet"),
         ("LUCIR + AANets", "-m tutorial.methods.aanets", "aanets_lucir"),
-        ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"))]
+        ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"),
+        ("DER", "-m tutorial.methods.der", "der"))]
     found = [run["network_acc1s"] for run in load("digits_icarl")]
     rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
                     mean_std([accuracies[-1] for accuracies in found]), ""])
@@ -379,6 +380,20 @@ def itaml_published():
         [row["data"], row["tasks"], row["p"], f"{row['last']:.1f}", row["measure"]] for row in rows], left=2)
 
 
+def der():
+    """The ablations of DER on the digits."""
+    return summary_table([("DER", "", "digits_der"),
+                          ("without the auxiliary head", "--lambda_aux 0", "digits_der_no_aux"),
+                          ("without the second stage", "--num_epochs_ft 0", "digits_der_one_stage")])
+
+
+def der_published():
+    rows = measured("published")["der"]
+    return table(["CIFAR-100", "backbone", "pruned", "average (%)", "source"], [
+        [row["protocol"], row["backbone"], row["pruned"], f"{row['average']:.1f}", row["source"]] for row in rows],
+        left=3)
+
+
 # ALTA on the digits: name of the group, label, flags.
 CLIP_RUNS = [("sgd", "lower bound: ALTA without a memory", "--memory_size 0"),
              *((name, label, f"--clip_method {name}") for name, label in (
@@ -449,7 +464,7 @@ TABLES = {f.__name__: f for f in (
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
     cross_task_validation, cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
-    itaml_published, alta, alta_speed)}
+    itaml_published, alta, alta_speed, der, der_published)}
 
 
 def value(name, key):
