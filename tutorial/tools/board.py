@@ -20,7 +20,8 @@ def scalars(text):
     text = text[:text.rfind("\n") + 1]
     for step, line in enumerate(text.splitlines(), 1):
         for name, value in json.loads(line).items():
-            yield name, value, step
+            if isinstance(value, (int, float)):
+                yield name, value, step
 
 
 def write(folder):
