@@ -507,6 +507,8 @@ def test_the_log_of_a_run_for_tensorboard(tmp_path, finish, monkeypatch, capsys)
     assert len(found) == sum(map(len, lines)) and found[-1][2] == len(lines) == 6
     losses = [(value, step) for name, value, step in found if name == "loss"]
     assert losses == [(line["loss"], step) for step, line in enumerate(lines, 1)]
+    own = list(board.scalars('{"loss": 1.5, "rates": [0.1, 0.2], "note": "x"}\n'))
+    assert own == [("loss", 1.5, 1)]
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if not installed
     for arguments, message in ((["run"], "pip install tensorboard"), ([], "runs")):
