@@ -24,7 +24,7 @@ from test_resume import log_lines, same_model
 
 import utils
 
-METHODS = ["template", *("icarl lucir podnet aanets bal_ft itaml feature_kd".split())]
+METHODS = ["template", *("icarl lucir podnet aanets bal_ft itaml der feature_kd".split())]
 KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
