@@ -993,7 +993,7 @@ def test_der_grows_by_one_backbone_and_keeps_the_old_weights_of_the_classifier()
         counts.append(parameters(trainer.model))
     new_heads = [(known + 2) * (d * (task + 1) + 1) + 3 * (d + 1) for task, known in ((1, 4), (2, 6), (3, 8))]
     assert counts == [(t + 1) * backbone + heads for t, heads in zip((1, 2, 3), new_heads)]
-    assert counts[-1] == 1_090_061 and backbone == 271_824  # as chapter 21 says
+    assert counts[-1] == 1_090_061 and backbone == 271_824  # as chapter 22 says
     model = der.DERModel(timm.create_model("resnet32", num_classes=0))
     for size in [50] + 5 * [10]:
         if len(model.fc.heads):

@@ -224,7 +224,7 @@ def test_each_rule_sees_a_broken_text(rule, text):
 
 def test_the_map_leads_to_every_chapter_and_each_to_the_next():
     overview = (ROOT / "tutorial/README.md").read_text()
-    assert len(CHAPTERS) == 21
+    assert len(CHAPTERS) == 22
     for number, (chapter, following) in enumerate(zip(CHAPTERS, [*CHAPTERS[1:], None]), 1):
         text = chapter.read_text()
         title = re.match(r"# (\d+)\. (.+)\n", text)
@@ -236,7 +236,7 @@ def test_the_map_leads_to_every_chapter_and_each_to_the_next():
 
 
 def test_chapters_of_methods_have_the_fixed_headings():
-    for chapter in CHAPTERS[13:]:
+    for chapter in CHAPTERS[14:]:
         assert re.findall(r"(?m)^## (.+)$", chapter.read_text()) == [
             "Objective", "Idea", "Equation", "What changes in the template", "Run it", "Result",
             "Where we differ from the paper and its code"], chapter.name
@@ -442,7 +442,7 @@ def test_the_recipes_of_chapter_12_run_and_can_be_resumed(tmp_path, launch, prog
 
 @pytest.mark.parametrize("program", reproduce.RECIPES)
 def test_a_recipe_is_at_most_15_changed_lines(program):
-    text = (ROOT / "tutorial/12_make_it_yours.md").read_text()
+    text = (ROOT / "tutorial/13_make_it_yours.md").read_text()
     section = text.split(f"\n{reproduce.RECIPES[program]}")[1].split("\n##")[0]
     lines = [line for block in blocks(section, "diff") for line in block.splitlines()]
     assert 1 < sum(line[0] in "+-" for line in lines) <= 15
@@ -570,7 +570,7 @@ def test_shapes_are_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shapes.write("data/shapes")
     said = capsys.readouterr().out
-    assert said in (ROOT / "tutorial/13_use_the_model.md").read_text()
+    assert said in (ROOT / "tutorial/14_use_the_model.md").read_text()
     shapes.write("again")
     pictures = {path.relative_to("again"): path.read_bytes() for path in Path("again").rglob("*.png")}
     assert all(Path("data/shapes", path).read_bytes() == data for path, data in pictures.items())
@@ -628,7 +628,7 @@ def test_exemplars_are_kept(tmp_path, image_folder, monkeypatch, capsys):
 
 def test_the_commands_of_chapter_13_run(tmp_path, launch):
     """All of them, one after the other, but with short training."""
-    text = "\n".join(blocks((ROOT / "tutorial/13_use_the_model.md").read_text(), "bash"))
+    text = "\n".join(blocks((ROOT / "tutorial/14_use_the_model.md").read_text(), "bash"))
     for line in filter(None, text.splitlines()):
         words = shlex.split(line)
         place = next(i for i, word in enumerate(words) if word.endswith(".py") or "tutorial." in word)

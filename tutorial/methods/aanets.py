@@ -1,5 +1,5 @@
 """AANets: "Adaptive Aggregation Networks for Class-Incremental Learning" (Liu et al., CVPR 2021,
-arXiv 2010.05063), over iCaRL, LUCIR or PODNet. Chapter 17.
+arXiv 2010.05063), over iCaRL, LUCIR or PODNet. Chapter 18.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.aanets --baseline lucir
 """

@@ -1,5 +1,5 @@
 """ALTA: "Cross-Modal Alternating Learning with Task-Aware Representations for Continual Learning"
-(IEEE Transactions on Multimedia, 2023), on a frozen CLIP. Chapter 20.
+(IEEE Transactions on Multimedia, 2023), on a frozen CLIP. Chapter 21.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.alta
 """

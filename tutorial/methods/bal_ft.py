@@ -1,5 +1,5 @@
 """BAL_FT and BAL_JOINT: "On the importance of cross-task features for class-incremental learning"
-(Soutif-Cormerais et al., 2021, arXiv 2106.11930). Chapter 18.
+(Soutif-Cormerais et al., 2021, arXiv 2106.11930). Chapter 19.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.bal_ft --loss own
 """

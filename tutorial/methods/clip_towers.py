@@ -1,5 +1,5 @@
 """The two frozen towers of CLIP for ALTA, from open_clip: images -> features, prompts -> features.
-Chapter 20.
+Chapter 21.
 """
 import functools
 import logging

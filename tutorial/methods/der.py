@@ -1,5 +1,5 @@
 """DER: "DER: Dynamically Expandable Representation for Class Incremental Learning" (Yan et al.,
-CVPR 2021, arXiv 2103.16788), without its pruning, as in the released code. Chapter 21.
+CVPR 2021, arXiv 2103.16788), without its pruning, as in the released code. Chapter 22.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.der
 

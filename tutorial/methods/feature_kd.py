@@ -1,4 +1,4 @@
-"""An idea of one's own as a subclass (chapter 12): WA that distils features instead of logits.
+"""An idea of one's own as a subclass (chapter 13): WA that distils features instead of logits.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.feature_kd --feature_weight 1
 """

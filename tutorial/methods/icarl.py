@@ -1,5 +1,5 @@
 """iCaRL: "Incremental Classifier and Representation Learning" (Rebuffi et al., CVPR 2017, arXiv
-1611.07725). Chapter 14.
+1611.07725). Chapter 15.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.icarl
 """

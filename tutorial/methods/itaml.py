@@ -1,5 +1,5 @@
 """iTAML: "iTAML: An Incremental Task-Agnostic Meta-learning Approach" (Rajasegaran et al., CVPR
-2020, arXiv 2003.11652). Chapter 19.
+2020, arXiv 2003.11652). Chapter 20.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.itaml
 """

@@ -1,5 +1,5 @@
 """How iTAML answers: it finds the task of many images together, adapts a copy of the network to
-this task's exemplars, and asks the copy for the class. Chapter 19.
+this task's exemplars, and asks the copy for the class. Chapter 20.
 """
 import copy
 import math

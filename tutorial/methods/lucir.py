@@ -1,5 +1,5 @@
 """LUCIR: "Learning a Unified Classifier Incrementally via Rebalancing" (Hou et al., CVPR 2019).
-Chapter 15.
+Chapter 16.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.lucir
 """

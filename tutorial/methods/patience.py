@@ -1,5 +1,5 @@
 """A validation set, and a learning rate that falls when the loss there stops falling (the schedule
-of FACIL, Masana et al., arXiv 2010.15277). Chapter 18.
+of FACIL, Masana et al., arXiv 2010.15277). Chapter 19.
 
 Off without --patience. To use it, derive from `Patience` in place of `CilTrainer`, and call
 `add_arguments(parser)`. The loss must not talk to other ranks (LUCIR's does): here they may have

@@ -1,5 +1,5 @@
 """PODNet: "PODNet: Pooled Outputs Distillation for Small-Tasks Incremental Learning" (Douillard et
-al., ECCV 2020, arXiv 2004.13513). Chapter 16.
+al., ECCV 2020, arXiv 2004.13513). Chapter 17.
 
     torchrun --nproc_per_node=2 -m tutorial.methods.podnet
 """

@@ -1,5 +1,5 @@
 """A small CLIP that is trained here, on even digits and their names, so that ALTA runs without a
-network. Chapter 20.
+network. Chapter 21.
 
     python -m tutorial.methods.tiny_clip runs/tiny_clip.pt    # for --clip_weights: saves its seconds
 """

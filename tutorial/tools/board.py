@@ -1,4 +1,4 @@
-"""The epochs of finished or running runs, for TensorBoard (chapter 12).
+"""The epochs of finished or running runs, for TensorBoard (chapter 13).
 
     pip install tensorboard
     python -m tutorial.tools.board runs/my_loss runs/another

@@ -256,6 +256,35 @@ def draw_stages():
     return figure
 
 
+def draw_loop():
+    """One task: what goes in, what learns, and what is handed on to the next."""
+    figure, axes = canvas(9, 4.3)
+    box(axes, 0.1, 2.5, 1.75, 0.8, "new images\nof this task", ORANGE)
+    box(axes, 0.1, 1.1, 1.75, 0.8, "exemplars\nof old classes", GREEN)
+    box(axes, 2.35, 1.8, 1.35, 0.8, "training set", GREY)
+    arrow(axes, (1.9, 2.8), (2.45, 2.65))
+    arrow(axes, (1.9, 1.5), (2.45, 1.75))
+    box(axes, 4.2, 3.15, 1.7, 0.8, "teacher: the model\nof the task before", GREY)
+    box(axes, 4.2, 1.6, 1.7, 1.2, "model\none head more", BLUE)
+    arrow(axes, (3.75, 2.2), (4.15, 2.2), text="CE", above=0.1)
+    arrow(axes, (5.05, 3.1), (5.05, 2.85))
+    axes.text(5.15, 2.92, "KD", fontsize=9, va="center")
+    for number, (y, text, colour) in enumerate(((3.15, "choose exemplars", GREEN), (2.3, "align the new head", PINK),
+                                               (1.45, "test on all classes", ORANGE)), 4):
+        box(axes, 6.6, y, 2.15, 0.55, f"{number}. {text}", colour)
+    arrow(axes, (5.95, 2.2), (6.5, 3.4))
+    arrow(axes, (7.67, 3.1), (7.67, 2.9))
+    arrow(axes, (7.67, 2.25), (7.67, 2.05))
+    arrow(axes, (7.67, 1.4), (7.67, 1.05))
+    box(axes, 6.6, 0.45, 2.15, 0.55, "7. become the teacher", GREY)
+    arrow(axes, (6.55, 0.72), (1.0, 1.05), GREEN, bend=-0.14)
+    axes.text(3.6, 0.12, "the next task gets the exemplars and the teacher", ha="center", fontsize=9, color=GREEN)
+    axes.text(0.98, 3.45, "1.", ha="center", fontsize=9)
+    axes.text(5.05, 1.42, "2. expand   3. train", ha="center", fontsize=9, va="center")
+    axes.set(xlim=(0, 8.9), ylim=(0, 4.1))
+    return figure
+
+
 def draw_model():
     """A backbone, and a classifier that gets one more head with each task."""
     figure, axes = canvas(8, 3)
@@ -645,7 +674,7 @@ def draw_transforms(data_path):
 
 
 PICTURES = [draw_digits, draw_cifar100, draw_cifar100_methods, draw_forgetting, draw_confusion, draw_exemplars,
-            draw_norms, draw_temperature, draw_speed, draw_stages, draw_model, draw_teacher, draw_prototypes, draw_ddp,
+            draw_norms, draw_temperature, draw_speed, draw_stages, draw_loop, draw_model, draw_teacher, draw_prototypes, draw_ddp,
             draw_icarl, draw_lucir, draw_podnet, draw_aanets, draw_alphas, draw_cross_task_loss, draw_cross_task,
             draw_cross_task_cifar100, draw_itaml, draw_continuum, draw_alta, draw_alta_digits, draw_der]
 PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]

@@ -1,4 +1,4 @@
-"""New classes for a model that was trained long ago (chapter 13).
+"""New classes for a model that was trained long ago (chapter 14).
 
     torchrun --nproc_per_node=2 -m tutorial.tools.grow --model runs/OLD/model.pt --data_path DIR \
         --increment 5 --memory_size 200 --batch_size 32

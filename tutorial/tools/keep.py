@@ -1,4 +1,4 @@
-"""Copy the exemplars of a finished run into a folder, so that the old images may go (chapter 13).
+"""Copy the exemplars of a finished run into a folder, so that the old images may go (chapter 14).
 
     python -m tutorial.tools.keep runs/NAME/exemplars.json DIR
 

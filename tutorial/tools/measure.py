@@ -2,9 +2,9 @@
 
     python -m tutorial.tools.measure norms RUN       # chapter 8: prototypes before and after alignment
     python -m tutorial.tools.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
-    python -m tutorial.tools.measure ranks RUN       # chapter 4: what each rank would choose alone
-    python -m tutorial.tools.measure speed           # chapter 11: where the time goes (CPU, minutes)
-    python -m tutorial.tools.measure alta            # chapter 20: tiny CLIP, speed of prompts, minutes
+    python -m tutorial.tools.measure ranks RUN       # chapter 11: what each rank would choose alone
+    python -m tutorial.tools.measure speed           # chapter 12: where the time goes (CPU, minutes)
+    python -m tutorial.tools.measure alta            # chapter 21: tiny CLIP, speed of prompts, minutes
 
 RUN is the output directory of a finished run of template.py; if its data lie elsewhere now, say
 so with --data_path. With --data_path a run that was recorded on another machine can be measured.

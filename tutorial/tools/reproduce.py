@@ -116,7 +116,7 @@ GROUPS = {
     "digits_tiny": ("tiny.py", "--backbone tinynet", TEN),
     "digits_wa": ("template.py", "", TEN),
 }
-# The changed templates: template.py with the changes of this section of chapter 12.
+# The changed templates: template.py with the changes of this section of chapter 13.
 CHANGED = {"balanced.py": "### 1.", "hardest.py": "### 2.", "tiny.py": "### 3."}
 # Its recipes, of which no runs are recorded: likewise.
 RECIPES = {"sampler.py": "### A balanced sampler", "two_fits.py": "### A second fit",
@@ -168,7 +168,7 @@ def command(name):
     start = program if program.endswith(".py") else f"-m tutorial.methods.{program}"
     text = f"python {start} {flags}".rstrip()
     if program in CHANGED:
-        text += f"  # template.py with change {CHANGED[program].strip('# .')} of chapter 12"
+        text += f"  # template.py with change {CHANGED[program].strip('# .')} of chapter 13"
     return text
 
 
@@ -211,13 +211,13 @@ def apply(diff, source):
     before = "".join(line[1:] + "\n" for line in lines if line[0] in " -")
     after = "".join(line[1:] + "\n" for line in lines if line[0] in " +")
     if source.count(before) != 1:
-        fail(f"a change of chapter 12 does not fit template.py any more: {before!r}")
+        fail(f"a change of chapter 13 does not fit template.py any more: {before!r}")
     return source.replace(before, after)
 
 
 def changed_template(program):
-    """The source of template.py with the changes that a section of chapter 12 shows."""
-    text = (ROOT / "tutorial/12_make_it_yours.md").read_text()
+    """The source of template.py with the changes that a section of chapter 13 shows."""
+    text = (ROOT / "tutorial/13_make_it_yours.md").read_text()
     sections = re.split(r"(?m)^(?=##)", text)
     start = (CHANGED | RECIPES)[program]
     section = next(part for part in sections if part.startswith(start))

@@ -1,4 +1,4 @@
-"""A folder of drawn shapes, to try the commands of chapter 13 on.
+"""A folder of drawn shapes, to try the commands of chapter 14 on.
 
     python -m tutorial.tools.shapes data/shapes
 

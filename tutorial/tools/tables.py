@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 
+import utils
 from tutorial.tools import reproduce
 from tutorial.tools.reproduce import RESULTS, ROOT, load
 
@@ -101,6 +102,42 @@ def compared_by_seed():
 
 def digits():
     return summary_table([(label, flags, f"digits_{name}") for name, label, flags, _ in ABLATION])
+
+
+def loop():
+    """A run of the digits, task by task: what is trained on, and what is left."""
+    run, (train_y, _) = load("digits_wa")[0], [y for _, y in utils.load_digits()]
+    args, lines, known, kept = run["args"], [], 0, 0
+    for task, new in enumerate(run["increments"]):
+        images = int(np.isin(train_y, run["class_order"][known:known + new]).sum())
+        steps = (images + known * kept) // args["batch_size"]
+        gamma = f"{run['gammas'][task - 1]:.2f}" if task else ""
+        weight, old = args["lambda_kd"] if task else "", f"{known} x {kept}" if task else "none"
+        known, kept = known + new, args["memory_size"] // (known + new)
+        lines.append([task + 1, new, images, old, steps, weight, f"{known} x {kept}", gamma,
+                      f"{run['acc1s'][task]:.1f}"])
+    return table(["task", "new classes", "new images", "exemplars of old classes", "steps per epoch",
+                  "λ", "exemplars afterwards", "γ", "accuracy on all classes so far (%)"], lines)
+
+
+def settings():
+    """The defaults of WA for the two data sets of the book, and where each is explained."""
+    rows = [("network", "backbone", 3), ("side of an image, pixels", "input_size", 2),
+            ("classes of the first task", "num_bases", 2), ("classes of each further task", "increment", 2),
+            ("order of the classes", "class_order", 2), ("augmentation beside shift and flip", "aa", 2),
+            ("images in a batch, over all processes", "batch_size", 11), ("epochs per task", "num_epochs", 4),
+            ("learning rate at the start", "lr", 4), ("momentum", "momentum", 4), ("weight decay", "weight_decay", 4),
+            ("label smoothing", "smooth", 4), ("weight λ of the distillation", "lambda_kd", 7),
+            ("temperature T", "temperature", 7), ("exemplars in total", "memory_size", 6),
+            ("the same number per class from the start", "fixed_memory", 6),
+            ("choice of exemplars", "herding_method", 6), ("no weight alignment", "no_align", 8)]
+    parser, names = utils.get_parser(), {path.name[:2]: path.name for path in TEXTS}
+    presets = [vars(utils.fill_in(parser.parse_args(["--data_set", name]))) for name in ("digits", "cifar100")]
+    words = {True: "yes", False: "no"}
+    return table(["setting", "flag", "digits", "CIFAR-100", "chapter"], [
+        [label, f"`--{flag}`", *(words.get(preset[flag], preset[flag]) if isinstance(preset[flag], bool)
+                                 else preset[flag] for preset in presets),
+         f"[{chapter}]({names[f'{chapter:02d}']})"] for label, flag, chapter in rows], left=2)
 
 
 def memory():
@@ -214,7 +251,7 @@ def methods():
 def aanets():
     """The ablations of AANets on the digits."""
     return summary_table([
-        ("LUCIR alone, chapter 15", "", "digits_lucir"),
+        ("LUCIR alone, chapter 16", "", "digits_lucir"),
         ("one branch", "--branch_mode single --branch_1 free", "digits_aanets_single"),
         ("two equal branches", "--branch_1 free --branch_2 free --fusion_lr 0", "digits_aanets_free"),
         ("stable and plastic, α one half", "--fusion_lr 0", "digits_aanets_half"),
@@ -460,7 +497,7 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, compared,
+    loop, settings, digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, compared,
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
     cross_task_validation, cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,

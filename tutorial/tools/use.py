@@ -1,4 +1,4 @@
-"""Classify images with a trained model (chapter 13).
+"""Classify images with a trained model (chapter 14).
 
     python -m tutorial.tools.use runs/NAME/model.pt IMAGE [IMAGE ...]
 
@@ -38,7 +38,7 @@ def load(path, model_class=CilModel):
         model.load_state_dict(saved["state_dict"])
     except RuntimeError:
         utils.fail(f"{path} holds no {model_class.__name__}: for another network, give its class "
-                   "to load (chapter 13)")
+                   "to load (chapter 14)")
     names = saved["class_names"][:sum(saved["increments"])]
     return model.requires_grad_(False).eval(), utils.build_transform(args, train=False), names
 
