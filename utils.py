@@ -944,6 +944,8 @@ def distribute(model, args):
         return model
     on_gpu = [args.local_rank] if args.device.type == "cuda" else None
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
+    # Of 1 x 1 convolutions, whose strides can be written in two ways for the same layout.
+    warnings.filterwarnings("ignore", message=r"Grad strides do not match[^[]*\[\d+, \d+, 1, 1\]")
     return torch.nn.parallel.DistributedDataParallel(
         model, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
 

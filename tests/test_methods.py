@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -117,6 +118,8 @@ def run(launch, tmp_path):
         started = launch(function=run_method, arguments=(name, flags, die_after), processes=processes)
         expected = [-9] if die_after else [0] * processes
         assert started.wait() == expected, started.stderr()
+        # No warning either, but for what comes from starting a module that is imported already.
+        assert re.sub("<frozen runpy>.*\n", "", started.stderr()) == ""
         return tmp_path / folder, started.stdout()
     return to_the_end
 
