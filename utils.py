@@ -228,12 +228,14 @@ def end_at_signals():
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.fileno())  # the number of a signal comes through here
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ends = (signal.SIGINT, signal.SIGTERM)
+    for number in ends:
         signal.signal(number, lambda *_: None)
 
     def wait():
         with ours, theirs:
-            number = ours.recv(1)[0]
+            while (number := ours.recv(1)[0]) not in ends:
+                pass  # of a loading process that ended, for DataLoader
         _, rank, world_size = world_info_from_env()
         # torchrun sends SIGTERM also when another process has failed, which has said why.
         if rank == 0 and (saved or world_size == 1 or number == signal.SIGINT):
