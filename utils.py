@@ -1043,8 +1043,9 @@ class Progress:
         self.shown, done = time.time(), self.done(trainer, part)
         began, before = self.start
         left = (self.shown - began) * (1 - done) / max(done - before, 1e-9)  # seconds
-        text = (f"task {trainer.task + 1}/{self.tasks} stage {trainer.stage + 1} epoch "
-                f"{trainer.epoch + 1}/{trainer.run.num_epochs}: loss {averages['loss']:.3f}, "
+        later = f" stage {trainer.stage + 1}" * (trainer.stage > 0)
+        text = (f"task {trainer.task + 1}/{self.tasks}{later} epoch {trainer.epoch + 1}/"
+                f"{trainer.run.num_epochs}: loss {averages['loss']:.3f}, "
                 f"accuracy {averages['train_accuracy']:.1f} %, "
                 f"{averages['images_per_second']:.0f} images/s, "
                 f"{datetime.timedelta(seconds=round(left))} left")
@@ -1251,7 +1252,6 @@ class Run:
             dist.broadcast_object_list(box, src=0)
             self.checkpoint = box[0]
         self.first_task = self.checkpoint["task"] if self.checkpoint else 0
-        self.progress = Progress(args, self.increments, scenario.data.y)
         if args.rank == 0:
             if self.checkpoint:
                 self.note_saved(*(self.checkpoint[name] for name in ("task", "stage", "epoch")))
@@ -1261,6 +1261,7 @@ class Run:
                   f"{self.results['device']}, {settings(args)}", flush=True)
             if self.checkpoint:
                 print(saved, flush=True)
+        self.progress = Progress(args, self.increments, scenario.data.y)
 
     def note_saved(self, task, stage, epoch):
         """Prepare the last words of `end_at_signals`."""

@@ -18,7 +18,7 @@ import template
 import utils
 
 LINE = re.compile(
-    r"task (\d)/3 stage 1 epoch (\d)/2: loss \d+\.\d{3}, accuracy \d+\.\d %, \d+ images/s, "
+    r"task (\d)/3 epoch (\d)/2: loss \d+\.\d{3}, accuracy \d+\.\d %, \d+ images/s, "
     r"(\d+):(\d\d):(\d\d) left")
 
 
@@ -90,7 +90,11 @@ def test_time_left(monkeypatch, capsys):
     progress.begin_epoch(trainer)
     trainer.epoch, now[0] = 3, 20.0
     progress.show(trainer, 1, {"loss": 1, "train_accuracy": 50, "images_per_second": 9})
-    assert capsys.readouterr().out.endswith("9 images/s, 0:00:20 left\n")
+    assert capsys.readouterr().out == ("task 2/3 epoch 4/4: loss 1.000, accuracy 50.0 %, 9 images/s, "
+                                       "0:00:20 left\n")
+    trainer.stage = 1
+    progress.show(trainer, 1, {"loss": 1, "train_accuracy": 50, "images_per_second": 9})
+    assert capsys.readouterr().out.startswith("task 2/3 stage 2 epoch 4/4: ")
     stopped = utils.Progress(argparse.Namespace(rank=0, stop_after_task=2, memory_size=10),
                              [2, 2, 2], labels)
     trainer.task, trainer.epoch = 1, 3
@@ -103,7 +107,7 @@ def test_progress_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils.Progress, "due", lambda self: True)
     run("--batch_size=64", f"--output_dir={tmp_path / 'a'}")
     shown = capsys.readouterr()
-    texts = re.findall(r"task \d/3 stage 1 epoch [^|\r]*left", shown.err)
+    texts = re.findall(r"task \d/3 epoch [^|\r]*left", shown.err)
     assert len(set(texts)) > 10 and all(LINE.fullmatch(text) for text in texts)
     assert " epoch " not in shown.out and "100 %" in shown.err
 
