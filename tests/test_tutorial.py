@@ -239,7 +239,7 @@ def test_chapters_of_methods_have_the_fixed_headings():
     for chapter in CHAPTERS[14:]:
         assert re.findall(r"(?m)^## (.+)$", chapter.read_text()) == [
             "Objective", "Idea", "Equation", "What changes in the template", "Run it", "Result",
-            "Where we differ from the paper and its code"], chapter.name
+            "Where we differ from the paper and its code", "Summary", "Check yourself"], chapter.name
 
 
 def test_every_picture_is_drawn_from_the_files_and_used(tmp_path, monkeypatch):

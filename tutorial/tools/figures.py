@@ -70,10 +70,11 @@ def draw_cifar100_methods():
     figure, axes = new_figure(7, 4)
     for name, label, colour in CIFAR_METHODS:
         run = load(f"cifar100_{name}")[0]
+        label += {"wa": " (2,000 exemplars from the start)", "podnet": " (its own network)"}.get(name, "")
         axes.plot(np.cumsum(run["increments"]), run["acc1s"], "o-", label=label, color=colour)
-    axes.set(xlabel="classes learned", ylabel="test accuracy on all classes so far (%)", ylim=(30, 75),
+    axes.set(xlabel="classes learned", ylabel="test accuracy on all classes so far (%)", ylim=(0, 102),
              title="CIFAR-100, base 50, increment 10, 20 epochs a task, one seed")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="lower left")
     return figure
 
 
@@ -361,66 +362,87 @@ def draw_ddp():
 
 
 def draw_icarl():
-    """Nearest mean of exemplars: an image belongs to the class whose mean is nearest."""
-    figure, axes = new_figure(7, 4)
-    draw = np.random.RandomState(2)
-    for colour, centre, name in ((BLUE, (0.9, 1.9), "old class"), (GREEN, (2.6, 2.3), "old class"),
-                                 (ORANGE, (2.3, 0.7), "new class")):
-        points = centre + 0.33 * draw.randn(6, 2)
-        axes.scatter(*points.T, color=colour, s=28, alpha=0.6, lw=0)
-        axes.plot(*points.mean(axis=0), marker="*", color=colour, ms=18, mec="k", ls="",
-                  label=f"exemplars of a{'n' * (name[0] == 'o')} {name}, and their mean")
-        axes.annotate("", points.mean(axis=0), (1.75, 1.35),
-                      arrowprops={"arrowstyle": "-", "ls": ":", "color": "k"})
-    axes.plot(1.75, 1.35, "kX", ms=11, ls="", label="features of a test image: to the nearest star")
-    axes.set(xlabel="first feature", ylabel="second feature", xlim=(0, 4.4), ylim=(0, 3.2), aspect="equal")
-    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    """Nearest mean of exemplars: on the unit circle an image belongs to the class whose mean is nearest."""
+    figure, axes = new_figure(6, 4.6)
+    angle, draw = np.radians(np.linspace(0, 90, 200)), np.random.RandomState(2)
+    axes.plot(np.cos(angle), np.sin(angle), color=GREY, lw=1)
+    test = np.array([np.cos(np.radians(33)), np.sin(np.radians(33))])
+    for colour, degrees, name in ((BLUE, 72, "old class"), (GREEN, 45, "old class"), (ORANGE, 14, "new class")):
+        around = np.radians(degrees + 5 * draw.randn(6))
+        points = np.stack([np.cos(around), np.sin(around)], axis=1)
+        star = points.mean(axis=0) / np.linalg.norm(points.mean(axis=0))
+        axes.scatter(*points.T, color=colour, s=40, alpha=0.6, lw=0)
+        axes.plot(*star, marker="*", color=colour, ms=20, mec="k", ls="")
+        axes.text(*(1.09 * star - (0, 0.02)), f"{name}: cos {star @ test:.2f}", color=colour, fontsize=12)
+        axes.plot(*np.stack([star, test]).T, "k:", lw=1.3)
+    axes.annotate("", 0.57 * test, (0, 0), arrowprops={"arrowstyle": "-|>", "color": "k", "lw": 1.6})
+    axes.plot(*np.stack([0.57 * test, test]).T, "k--", lw=1)
+    axes.text(*(0.4 * test + (0.02, -0.1)), "features of a test image", fontsize=12)
+    axes.plot(*test, "kX", ms=12)
+    axes.set(xlabel="first feature", ylabel="second feature", xlim=(0, 1.62), ylim=(0, 1.15), aspect="equal",
+             title="divided by their length: to the nearest star")
     return figure
 
 
 def draw_lucir():
-    """Cosines: all prototypes on a circle, and a margin between an exemplar's class and new ones."""
-    figure, both = new_figure(8, 4.1, 2, sharex=True, sharey=True)
-    angle = np.linspace(0, np.pi / 2, 100)
-    for axes, title in zip(both, ("lengths removed: only angles count", "margin ranking for an exemplar")):
-        axes.plot(np.cos(angle), np.sin(angle), color=GREY, lw=1)
-        axes.set(xlim=(0, 1.35), ylim=(0, 1.25), aspect="equal", title=title, xlabel="first feature")
-        for degrees, colour, name in ((68, BLUE, "old"), (25, ORANGE, "new")):
-            end = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
-            axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2.5})
-            axes.text(*(1.05 * end), f"{name} class", color=colour, fontsize=10)
-    both[0].set_ylabel("second feature")
-    for degrees, axes in ((50, both[0]), (57, both[1])):
-        end = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
-        axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": "k", "ls": "--"})
-        axes.text(*(1.03 * end), "φ(x)", fontsize=10)
-    for low, high, radius, colour, text in ((57, 68, 0.55, GREEN, "pull"), (25, 57, 0.75, RED, "push")):
-        arc = np.radians(np.linspace(low, high, 30))
-        both[1].plot(radius * np.cos(arc), radius * np.sin(arc), color=colour, lw=2.5)
-        away = 1.15 if text == "pull" else 0.8
-        both[1].text(away * radius * np.cos(arc[15]), away * radius * np.sin(arc[15]), text,
-                     color=colour, fontsize=10, ha="center")
+    """Cosines: prototypes on a circle, and the margin between an exemplar's class and new ones."""
+    figure = Figure(figsize=(6, 6.6), layout="constrained")
+    circle, line = figure.subplots(2, 1, height_ratios=(1.5, 1))
+    own, rivals = 0.85, (0.60, 0.20)
+    image = 80
+    angle = np.radians(np.linspace(-2, 182, 200))
+    circle.plot(np.cos(angle), np.sin(angle), color=GREY, lw=1)
+    for cosine, side, colour, name in ((own, 1, BLUE, "own, old class"), (rivals[0], -1, ORANGE, "new class"),
+                                       (rivals[1], -1, ORANGE, "new class")):
+        at = np.radians(image + side * np.degrees(np.arccos(cosine)))
+        end = np.array([np.cos(at), np.sin(at)])
+        circle.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2.5})
+        circle.text(*(end * 1.06 + (0, 0.02)), f"{name}\ncos {cosine:.2f}", color=colour, fontsize=11,
+                    ha="right" if side > 0 else "left")
+    end = np.array([np.cos(np.radians(image)), np.sin(np.radians(image))])
+    circle.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": "k", "ls": "--"})
+    circle.text(*(1.05 * end), "φ(x) of an exemplar", fontsize=11)
+    circle.set(xlim=(-1.15, 1.6), ylim=(-0.08, 1.3), aspect="equal", title="only angles count, not lengths")
+    line.axvspan(own - 0.5, own, color=RED, alpha=0.15, lw=0)
+    line.annotate("", (own - 0.5, 1.1), (own, 1.1), arrowprops={"arrowstyle": "<|-|>", "color": RED, "lw": 1.6})
+    line.text(own - 0.25, 1.2, "margin 0.5", color=RED, ha="center", fontsize=11)
+    line.annotate("", (own - 0.5, 0.35), (rivals[0], 0.35), arrowprops={"arrowstyle": "-|>", "color": RED, "lw": 2.5})
+    line.text(own - 0.48, 0.08, f"loss {0.5 - own + rivals[0]:.2f}: push", color=RED, fontsize=11)
+    for cosine, colour, name in ((own, BLUE, "own"), (rivals[0], ORANGE, "new"), (rivals[1], ORANGE, "new: loss 0")):
+        line.plot(cosine, 0.6, "o", color=colour, ms=13)
+        line.text(cosine, 0.76, name, color=colour, fontsize=11, ha="center")
+    line.set(xlim=(0, 1), ylim=(0, 1.45), yticks=[], xlabel="cosine with φ(x)",
+             title="margin ranking: no new class in the red band")
     return figure
 
 
 def draw_podnet():
-    """Feature maps of old and new model are compared after sums over their width and height."""
-    figure, axes = canvas(8, 3.3)
-    draw = np.random.RandomState(1)
-    for y, name, colour in ((1.85, "teacher", GREY), (0.3, "student", BLUE)):
-        axes.text(0.1, y + 0.52, name, fontsize=11, color=colour, weight="bold")
-        for stage, size in enumerate((8, 4, 2)):
-            image = draw.rand(size, size)
-            x = 1.2 + 2.2 * stage
-            axes.imshow(image, extent=(x, x + 0.9, y, y + 0.9), cmap="viridis", interpolation="nearest")
-            axes.imshow(image.sum(axis=1)[:, None], extent=(x + 1.0, x + 1.15, y, y + 0.9), cmap="viridis")
-            axes.imshow(image.sum(axis=0)[None], extent=(x, x + 0.9, y - 0.25, y - 0.1), cmap="viridis")
-    for stage in range(3):
-        x = 1.2 + 2.2 * stage
-        axes.text(x + 0.45, 3.0, f"stage {stage + 1}", ha="center", fontsize=11)
-        arrow(axes, (x + 1.4, 1.75), (x + 1.4, 1.25), RED, style="<|-|>")
-        axes.text(x + 1.5, 1.45, "equal?", fontsize=9, color=RED)
-    axes.set(xlim=(0, 8), ylim=(0, 3.3))
+    """One squared feature map of old and new model, and its sums over width and over height: a bar moved
+    along its rows leaves the one strip as it was, and changes the other."""
+    figure, axes = canvas(7, 4.5)
+    teacher = 0.08 * np.random.RandomState(1).rand(8, 8)
+    teacher[:, 4] = teacher[:, 2]  # so that the sums of rows are exactly equal
+    student = teacher.copy()
+    for image, column in ((teacher, 2), (student, 4)):
+        image[1:5, column] = 1
+        image[6, 5:7] = 0.7
+    strips = {}
+    for name, image in (("teacher", teacher), ("student", student)):
+        sums = np.concatenate([image.sum(axis=1), image.sum(axis=0)])
+        strips[name] = sums / np.linalg.norm(sums)
+    top = max(strip.max() for strip in strips.values())
+    options = dict(cmap="viridis", interpolation="nearest", vmin=0)
+    for x, name, image, colour in ((0.25, "teacher", teacher, GREY), (4.0, "student", student, BLUE)):
+        axes.text(x + 1, 4.15, name, fontsize=14, color=colour, weight="bold", ha="center")
+        axes.imshow(image, extent=(x, x + 2, 2, 4), vmax=1, **options)
+        axes.imshow(strips[name][:8, None], extent=(x + 2.12, x + 2.37, 2, 4), vmax=top, **options)
+        axes.imshow(strips[name][None, 8:], extent=(x, x + 2, 1.63, 1.88), vmax=top, **options)
+    arrow(axes, (2.75, 3), (3.95, 3), RED, style="<|-|>")
+    axes.text(3.33, 3.1, "sums over\nthe width:\nequal", fontsize=11, color=RED, ha="center")
+    arrow(axes, (1.25, 1.55), (5.0, 1.55), RED, style="<|-|>", bend=0.22)
+    axes.text(3.12, 0.62, "sums over the height: not equal", fontsize=12, color=RED, ha="center")
+    axes.text(3.5, 0.15, "one channel of one level; the same is done in all of them", fontsize=12, ha="center")
+    axes.set(xlim=(0, 7), ylim=(0, 4.5))
     return figure
 
 
@@ -445,18 +467,20 @@ def draw_aanets():
 
 
 def draw_alphas():
-    """What the fusion weights become, task after task; the mean over the seeds."""
-    figure, axes = new_figure(7, 3.6)
-    found = load("digits_aanets_lucir")
-    values = np.array([run["alphas"] for run in found])  # (seeds, tasks - 1, levels)
-    for level in range(values.shape[2]):
-        axes.errorbar(np.arange(2, values.shape[1] + 2) + 0.04 * (level - 1), values[:, :, level].mean(axis=0),
-                      values[:, :, level].std(axis=0, ddof=1), marker="o", capsize=3, label=f"level {level + 1}",
-                      color=(BLUE, GREEN, ORANGE, PINK)[level])
-    axes.axhline(0.5, color="k", ls="--", lw=1)
-    axes.set(xlabel="tasks learned", ylabel="α, the share of the stable branch", title="LUCIR + AANets on digits",
-             xticks=range(2, values.shape[1] + 2))
-    axes.legend()
+    """What the fusion weights become, task after task: the mean over the seeds, and one long run."""
+    figure, both = new_figure(8, 4.2, 2, sharey=True)
+    for axes, data_set, title in zip(both, ("digits", "cifar100"), ("digits, {} seeds", "CIFAR-100, one seed")):
+        found = load(f"{data_set}_aanets_lucir")
+        values = np.array([run["alphas"] for run in found])  # (seeds, tasks - 1, levels)
+        tasks = np.arange(2, values.shape[1] + 2)
+        for level in range(values.shape[2]):
+            spread = values[:, :, level].std(axis=0, ddof=1) if len(found) > 1 else None
+            axes.errorbar(tasks + 0.06 * (level - 1), values[:, :, level].mean(axis=0), spread, marker="o", capsize=3,
+                          label=f"level {level + 1}", color=(BLUE, GREEN, ORANGE, PINK)[level])
+        axes.axhline(0.5, color="k", ls="--", lw=1)
+        axes.set(xlabel="tasks learned", xticks=tasks, title=title.format(len(found)), ylim=(-0.05, 1.15))
+    both[0].set_ylabel("α, the share of the stable branch")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -491,7 +515,8 @@ def draw_continuum():
         axes.axhline(np.mean([run["oracle"][-1] for run in runs]), color=colour, lw=1.5, ls=":",
                      label=f"oracle, --meta {meta}")
     axes.set(xticks=range(3), xlabel="images of one task that are asked together, p",
-             ylabel="after the last task (%)", ylim=(0, 102))
+             ylabel="accuracy after the last task (%)", ylim=(0, 102),
+             title=f"iTAML on the digits, {len(runs)} seeds")
     axes.set_xticklabels((1, 5, 20))
     axes.legend(fontsize=9, ncols=2, loc="lower right")
     return figure
@@ -519,7 +544,7 @@ def draw_cross_task_loss():
 
 def draw_cross_task():
     """Left: the last accuracy with each memory. Right: cumulative accuracy of 3 exemplars a class."""
-    figure, (bars, lines) = new_figure(9, 4, 2)
+    figure, (bars, lines) = new_figure(9, 4.4, 2)
     shown = [memory for memory in MEMORIES if memory[0] != "fixed"]
     for k, (loss, name, colour) in enumerate(LOSSES):
         values = np.array([[run["last_accuracy"] for run in load(f"digits_bal_ft_{loss}_{memory}")]
@@ -529,16 +554,17 @@ def draw_cross_task():
         runs = load(f"digits_bal_ft_{loss}_growing")
         tasks = len(runs[0]["increments"])
         for u in range(tasks - 1):
-            curve = np.mean([[row[u] for row in run["cumulative_matrix"][u:]] for run in runs], axis=0)
-            lines.plot(range(u + 1, tasks + 1), curve, "os^"[u] + ("-" if loss == "all" else "--"), color=colour,
-                       label=f"{name}, tasks 1 to {u + 1}" if u else f"{name}, task 1")
+            curves = np.array([[row[u] for row in run["cumulative_matrix"][u:]] for run in runs])
+            lines.errorbar(np.arange(u + 1, tasks + 1) + 0.05 * (2 * u - 2 + k), curves.mean(axis=0),
+                           curves.std(axis=0, ddof=1), fmt="os^"[u] + ("-" if loss == "all" else "--"), color=colour,
+                           capsize=2, elinewidth=1, label=f"{name}, tasks 1 to {u + 1}" if u else f"{name}, task 1")
     bars.set(xticks=range(len(shown)), ylabel="accuracy after the last task (%)", ylim=(0, 102),
-             xlabel="exemplars")
+             xlabel="exemplars", title="digits, ten seeds")
     bars.set_xticklabels([label for _, label, _ in shown])
     bars.legend(loc="upper left")
     lines.set(xlabel="tasks learned", ylabel="cumulative accuracy (%)", xticks=range(1, tasks + 1),
               ylim=(0, 102), title="3 exemplars per class")
-    lines.legend(fontsize=8, ncols=2, loc="lower left")
+    figure.legend(*lines.get_legend_handles_labels(), fontsize=9, ncols=2, loc="outside lower right")
     return figure
 
 

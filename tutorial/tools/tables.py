@@ -69,16 +69,21 @@ def means(rows):
 def gain(first, runs):
     """By how much runs differ from `first`, over the seeds that both have: -0.4 ± 0.3 (3 of 10).
     The mean of the differences seed by seed, its standard error, and the seeds with a better run."""
-    first, runs = ({run["args"]["seed"]: run for run in found} for found in (first, runs))
-    common, cells = sorted(first.keys() & runs.keys()), []
-    if not common:
+    if not {run["args"]["seed"] for run in first} & {run["args"]["seed"] for run in runs}:
         return ["no common seeds", "", ""]
-    for key, _ in SUMMARY:
-        differences = np.array([runs[seed][key] - first[seed][key] for seed in common])
-        error = f" ± {differences.std(ddof=1) / len(common) ** 0.5:.1f}" if len(common) > 1 else ""
-        better = differences < 0 if key == "forgetting" else differences > 0
-        cells.append(f"{differences.mean():+.1f}{error} ({better.sum()} of {len(common)})")
-    return cells
+    return [paired(first, runs, lambda run: run[key], key == "forgetting") for key, _ in SUMMARY]
+
+
+def paired(first, runs, number, less=False, subtract=None):
+    """By how much a number of runs differs from that of `first` (or from the number `subtract` of these),
+    over the seeds that both have. less: a run with a smaller number is the better one."""
+    first, runs = ({run["args"]["seed"]: of(run) for run in found}
+                   for found, of in ((first, subtract or number), (runs, number)))
+    differences = np.round([runs[seed] - first[seed] for seed in sorted(first.keys() & runs.keys())], 9)
+    n = len(differences)
+    error = f" ± {differences.std(ddof=1) / n ** 0.5:.1f}" if n > 1 else ""
+    better = differences < 0 if less else differences > 0
+    return f"{differences.mean():+.1f}{error} ({better.sum()} of {n})"
 
 
 def gains(rows):
@@ -86,6 +91,12 @@ def gains(rows):
     (name, first), *others = rows
     return table([f"minus {name}", *(re.sub(r" \(.*", " (points)", title) for _, title in SUMMARY)],
                  [[other, *gain(first, runs)] for other, runs in others])
+
+
+def differences(rows, head="difference, seed by seed"):
+    """A row for each (label, runs, first): by how much the runs differ from `first`, as in `gain`."""
+    return table([head, *(re.sub(r" \(.*", " (points)", title) for _, title in SUMMARY)],
+                 [[label, *gain(first, runs)] for label, runs, first in rows])
 
 
 # Chapter 9's example of a comparison: name of the row, name of the group.
@@ -248,6 +259,59 @@ def methods():
     return table(["method", "command", *(title for _, title in SUMMARY)], rows, left=2)
 
 
+def of_digits(*rows):
+    """The differences of (label, group, first group) on the digits."""
+    return differences([(label, load(f"digits_{name}"), load(f"digits_{first}")) for label, name, first in rows])
+
+
+def icarl_by_seed():
+    """The methods' table once more, against WA; and iCaRL's two answers against each other."""
+    runs = load("digits_icarl")
+    network = [run | {"average_incremental_accuracy": np.mean(run["network_acc1s"]),
+                      "last_accuracy": run["network_acc1s"][-1]} for run in runs]
+    rows = [(f"{label} minus WA", load(f"digits_{name}"), load("digits_wa")) for label, name in (
+        ("iCaRL", "icarl"), ("LUCIR", "lucir"), ("PODNet", "podnet"), ("LUCIR + AANets", "aanets_lucir"),
+        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base,", "itaml_paper"), ("DER", "der"))]
+    text = differences([*rows, ("iCaRL: nearest mean minus network", runs, network)])
+    return text[:text.rindex("|", 0, -1)] + "|  |"  # (the network's own forgetting is not recorded)
+
+
+def lucir_by_seed():
+    return of_digits(("LUCIR minus WA", "lucir", "wa"), ("LUCIR minus iCaRL", "lucir", "icarl"))
+
+
+def podnet_by_seed():
+    return of_digits(("PODNet minus WA", "podnet", "wa"), ("PODNet minus iCaRL", "podnet", "icarl"),
+                     ("PODNet minus LUCIR", "podnet", "lucir"))
+
+
+def aanets_by_seed():
+    return of_digits(("two equal branches minus LUCIR alone", "aanets_free", "lucir"),
+                     ("stable and plastic, α one half, minus LUCIR alone", "aanets_half", "lucir"),
+                     ("LUCIR + AANets minus LUCIR alone", "aanets_lucir", "lucir"),
+                     ("LUCIR + AANets minus two equal branches", "aanets_lucir", "aanets_free"),
+                     ("LUCIR + AANets minus α one half", "aanets_lucir", "aanets_half"),
+                     ("LUCIR + AANets minus WA", "aanets_lucir", "wa"))
+
+
+def alta_by_seed():
+    """Some rows of ALTA's table against others."""
+    full = "alta_oritext_mlp2cprompt_oriimg"
+    return of_digits(("ALTA minus ALTA without a memory", full, "alta_sgd"),
+                     ("ALTA minus a context for each task", full, "alta_cprompt"),
+                     ("ALTA minus two cosines, not crossed", full, "alta_oriclip2cprompt_mlp"),
+                     ("a context for each task minus one context", "alta_cprompt", "alta_sprompt"),
+                     ("ALTA, rate as released, minus ALTA", "alta_constant", full),
+                     ("ALTA, classes to come compete, minus ALTA", "alta_all", full))
+
+
+def der_by_seed():
+    return of_digits(("DER minus WA", "der", "wa"),
+                     ("without the auxiliary head minus DER", "der_no_aux", "der"),
+                     ("without the second stage minus DER", "der_one_stage", "der"),
+                     ("without the second stage minus WA", "der_one_stage", "wa"))
+
+
 def aanets():
     """The ablations of AANets on the digits."""
     return summary_table([
@@ -309,27 +373,35 @@ def cumulative_forgetting(matrix):
     return sum(drops) / len(drops) if drops else 0.0
 
 
+# Four numbers after the last task: accuracy, its two causes, and cumulative forgetting.
+CAUSES = {"last (%)": lambda run: run["last_accuracy"],
+          "task inference (%)": lambda run: run["task_inference"][-1],
+          "task-aware (%)": lambda run: class_weighted(run["task_aware_matrix"][-1], run["increments"]),
+          "cumulative forgetting (points)": lambda run: cumulative_forgetting(run["cumulative_matrix"])}
+
+
 def causes(runs):
-    """Four numbers after the last task: accuracy, its two causes, and cumulative forgetting."""
-    return [mean_std([run["last_accuracy"] for run in runs]),
-            mean_std([run["task_inference"][-1] for run in runs]),
-            mean_std([class_weighted(run["task_aware_matrix"][-1], run["increments"]) for run in runs]),
-            mean_std([cumulative_forgetting(run["cumulative_matrix"]) for run in runs])]
+    return [mean_std([number(run) for run in runs]) for number in CAUSES.values()]
 
 
-CAUSES = ["last (%)", "task inference (%)", "task-aware (%)", "cumulative forgetting (points)"]
+def causes_by_seed(rows):
+    """A row for each (label, runs, first): the difference of the four numbers, seed by seed."""
+    return table(["difference, seed by seed", *(title.replace("(%)", "(points)") for title in CAUSES)], [
+        [label, *(paired(first, runs, number, "forgetting" in title) for title, number in CAUSES.items())]
+        for label, runs, first in rows])
 
 
 def cross_task():
-    """With and without cross-task features, for each kind of memory; and the difference, by seed."""
-    rows = []
-    for memory, label, flags in MEMORIES:
-        found = [load(f"digits_bal_ft_{loss}_{memory}") for loss, _, _ in LOSSES]
-        for (loss, name, _), runs in zip(LOSSES, found):
-            rows.append([f"{label}, {name}", f"`--loss {loss} {flags}`".replace(" `", "`"), *causes(runs)])
-        difference = [a["last_accuracy"] - b["last_accuracy"] for a, b in zip(*found)]
-        rows.append([f"{label}: +CTF minus -CTF", "", mean_std(difference), "", "", ""])
+    """With and without cross-task features, for each kind of memory."""
+    rows = [[f"{label}, {name}", f"`--loss {loss} {flags}`".replace(" `", "`"),
+             *causes(load(f"digits_bal_ft_{loss}_{memory}"))]
+            for memory, label, flags in MEMORIES for loss, name, _ in LOSSES]
     return table(["memory, loss", "flags", *CAUSES], rows, left=2)
+
+
+def cross_task_by_seed():
+    return causes_by_seed([(f"{label}: +CTF minus -CTF", *(load(f"digits_bal_ft_{loss}_{memory}") for loss, _, _ in LOSSES))
+                           for memory, label, _ in MEMORIES])
 
 
 def cross_task_validation():
@@ -339,6 +411,17 @@ def cross_task_validation():
              *causes(load(f"digits_bal_ft_{loss}_validate_{which}"))]
             for which in ("new", "seen") for loss, name, _ in LOSSES]
     return table(["validation images, loss", "flags", *CAUSES], rows, left=2)
+
+
+def cross_task_validation_by_seed():
+    """The same choice, and none at all, each against another."""
+    runs = {(loss, which): load(f"digits_bal_ft_{loss}_{which}")
+            for loss, _, _ in LOSSES for which in ("validate_new", "validate_seen", "growing")}
+    return causes_by_seed([(f"{name}: {label}", runs[loss, one], runs[loss, other]) for loss, name, _ in LOSSES
+                           for label, one, other in (
+                               ("all tasks minus newest task", "validate_seen", "validate_new"),
+                               ("all tasks minus no validation", "validate_seen", "growing"),
+                               ("newest task minus no validation", "validate_new", "growing"))])
 
 
 # Memory of BAL_FT on CIFAR-100: name of the group, label, column of the paper's poster, line.
@@ -365,6 +448,27 @@ def cross_task_cifar100():
         rows.append([f"{label}: +CTF minus -CTF", "", f"{ours[0] - ours[1]:.1f}", "", "", "",
                      f"{theirs[0][0] - theirs[1][0]:.1f}"])
     return table(["memory, loss", "epochs of stages 1 + 2", *CAUSES, "poster, last (%)"], rows)
+
+
+def cross_task_shares():
+    """What the step from few images and -CTF to all images and +CTF consists of: by the loss first, or
+    by the images first."""
+    def cells(one, other):
+        """The differences of two (loss, memory): on the digits, CIFAR-100 twice, and the poster."""
+        ours = [load(f"digits_bal_ft_{loss}_{memory.replace('growing', 'growing20')}") for loss, memory in (one, other)]
+        cifar = [load(f"cifar100_bal_ft_{loss}_{memory}") for loss, memory in (one, other)]
+        columns, names = dict((m, c) for m, _, c, _ in CIFAR_MEMORIES), {loss: name for loss, name, _ in LOSSES}
+        theirs = [poster(names[loss], columns[memory])[0] for loss, memory in (one, other)]
+        return [paired(ours[1], ours[0], CAUSES["last (%)"]),
+                *(f"{CAUSES[key](cifar[0][0]) - CAUSES[key](cifar[1][0]):+.1f}" for key in list(CAUSES)[:2]),
+                f"{theirs[0] - theirs[1]:+.1f}"]
+    few, every = "growing", "joint"
+    return table(["what changes", "digits, last", "CIFAR-100, last", "CIFAR-100, task inference", "poster, last"], [
+        ["the loss, with 20 per class", *cells(("all", few), ("own", few))],
+        ["the loss, with all images", *cells(("all", every), ("own", every))],
+        ["all images in place of 20 per class, -CTF", *cells(("own", every), ("own", few))],
+        ["all images in place of 20 per class, +CTF", *cells(("all", every), ("all", few))],
+        ["both", *cells(("all", every), ("own", few))]])
 
 
 def cross_task_published():
@@ -396,19 +500,42 @@ FOUR = [("base", "base"), *((f"{name} ({p})", f"{name.replace(' ', '_')}_{p}")
                             for name in ("continuum", "task accuracy") for p in (1, 5, 20)), ("oracle", "oracle")]
 
 
+def itaml_rows(t):
+    """(label, what gives the number after task t of a run) of the four, and of one beside the oracle: the
+    task is told, and the network is not adapted."""
+    return [*((name, lambda run, key=key: run[key][t]) for name, key in FOUR),
+            ("task told, no adaptation", lambda run: class_weighted(run["task_aware_matrix"][t], run["increments"]))]
+
+
 def itaml():
-    """The four numbers after the last task, for both outer steps."""
-    found = [load(f"digits_itaml_{meta}") for meta in ("paper", "released")]
-    return table(["digits", "`--meta paper`", "`--meta released`"], [
-        [name, *(mean_std([run[key][-1] for run in runs]) for runs in found)] for name, key in FOUR])
+    """The four numbers after the last task, for both outer steps, and their difference."""
+    paper, released = (load(f"digits_itaml_{meta}") for meta in ("paper", "released"))
+    return table(["digits", "`--meta paper`", "`--meta released`", "released minus paper, seed by seed"], [
+        [name, *(mean_std([number(run) for run in runs]) for runs in (paper, released)), paired(paper, released, number)]
+        for name, number in itaml_rows(-1)])
+
+
+def itaml_by_seed():
+    """What adaptation and more images bring, and how far base is from WA: last accuracies."""
+    number, rows = dict(itaml_rows(-1)), []
+    for label, one, other in (("oracle minus task told, no adaptation", "oracle", "task told, no adaptation"),
+                              ("continuum (1) minus base", "continuum (1)", "base"),
+                              ("continuum (20) minus continuum (1)", "continuum (20)", "continuum (1)"),
+                              ("oracle minus continuum (20)", "oracle", "continuum (20)")):
+        rows.append([label, *(paired(runs, runs, number[one], subtract=number[other]) for runs in (
+            load("digits_itaml_paper"), load("digits_itaml_released")))])
+    rows.append(["base minus WA", *(paired(load("digits_wa"), load(f"digits_itaml_{meta}"), CAUSES["last (%)"])
+                                    for meta in ("paper", "released"))])
+    return table(["difference, seed by seed (points)", "`--meta paper`", "`--meta released`"], rows)
 
 
 def itaml_cifar100():
     """The four numbers on CIFAR-100, on the way and at the end."""
     run = load("cifar100_itaml")[0]
-    classes = np.cumsum(run["increments"])
-    return table(["CIFAR-100", *[f"{classes[t]} classes" for t in (1, 4, 9)]], [
-        [name, *[f"{run[key][t]:.1f}" for t in (1, 4, 9)]] for name, key in FOUR])
+    classes, shown = np.cumsum(run["increments"]), (0, 1, 4, 9)
+    columns = [[f"{number(run):.1f}" for _, number in itaml_rows(t)] for t in shown]
+    return table(["CIFAR-100", *[f"{classes[t]} classes" for t in shown]], [
+        [name, *cells] for (name, _), *cells in zip(itaml_rows(0), *columns)])
 
 
 def itaml_published():
@@ -500,8 +627,8 @@ TABLES = {f.__name__: f for f in (
     loop, settings, digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, compared,
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
-    cross_task_validation, cross_task_cifar100, cross_task_published, inference, itaml, itaml_cifar100,
-    itaml_published, alta, alta_speed, der, der_published)}
+    cross_task_by_seed, cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100, cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100,
+    itaml_published, alta, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed, der_by_seed, alta_speed, der, der_published)}
 
 
 def value(name, key):
