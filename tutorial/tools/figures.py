@@ -123,13 +123,17 @@ def draw_exemplars():
     found = measured("exemplars_digits")
     points, chosen = np.array(found["points"]), found["chosen"]["herding"]
     flat.scatter(*points.T, s=18, color=GREY, alpha=0.5, lw=0, label=f"image of a {found['class']}")
-    flat.scatter(*points[chosen].T, s=70, color=GREEN, label="first ten of herding")
-    for number, row in enumerate(chosen, 1):
-        flat.annotate(number, points[row], fontsize=8, ha="center", va="center", color="white")
-    flat.plot(*found["mean"], "k+", ms=22, mew=2, zorder=1, label="mean of the class")
+    flat.scatter(*points[chosen].T, s=26, color=GREEN, label="first ten of herding, in their order")
+    # The numbers stand in a row above the points, from left to right as these do.
+    (left, low), (right, high) = points.min(axis=0), points.max(axis=0)
+    for place, k in zip(np.linspace(left, right, len(chosen)), np.argsort(points[chosen, 0])):
+        flat.annotate(k + 1, points[chosen[k]], (place, high + 0.2 * (high - low)), fontsize=10, ha="center", color=GREEN,
+                      weight="bold", arrowprops={"arrowstyle": "-", "color": GREEN, "lw": 0.8, "shrinkB": 2})
+    flat.set_ylim(top=high + 0.27 * (high - low))
+    flat.plot(*found["mean"], "k+", ms=13, mew=2, ls="", label="mean of the class")
     flat.set(xlabel="first principal component of the features", ylabel="second",
              title=f"digits: {100 * found['explained']:.0f} % of the variance is visible")
-    flat.legend(fontsize=9)
+    flat.legend(fontsize=9, loc="lower right")
     found = measured("exemplars_cifar100")
     m = np.arange(1, 101)
     for name, colour, label in (("random", RED, "random"), ("cluster", ORANGE, "nearest to the mean"),

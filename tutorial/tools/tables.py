@@ -215,6 +215,12 @@ def two_averages():
          f"{np.mean(acc1s[1:]):.1f}"] for name, acc1s in curves], left=2)
 
 
+def wa_paper():
+    """The ablation of the WA paper, on CIFAR-100."""
+    return table(["method", "average without the first (%)", "last (%)"], [
+        [row["method"], f"{row['without_first']:.1f}", f"{row['last']:.1f}"] for row in measured("published")["wa_paper"]])
+
+
 def awareness():
     """The last row of both matrices: is a class found among all, or among its own task's?"""
     rows = []
@@ -224,6 +230,18 @@ def awareness():
         aware = [run["task_aware_matrix"][-1] for run in runs]
         rows.append([label, *(mean_std([np.mean(row) for row in kind]) for kind in (agnostic, aware))])
     return table(["method", "task-agnostic (%)", "task-aware (%)"], rows)
+
+
+def awareness_cifar100():
+    """The same on CIFAR-100, one run each, with two methods of later chapters: task 1 and all tasks."""
+    rows = []
+    for name, label in (("replay", "replay"), ("replay_kd", "replay + KD"), ("wa", "WA"), ("icarl", "iCaRL"),
+                        ("lucir", "LUCIR")):
+        run = load(f"cifar100_{name}")[0]
+        matrices = [run[key][-1] for key in ("accuracy_matrix", "task_aware_matrix")]
+        rows.append([label, *(f"{found[0]:.1f}" for found in matrices), *(f"{np.mean(found):.1f}" for found in matrices)])
+    return table(["method", "task 1, agnostic (%)", "task 1, aware (%)", "mean of the tasks, agnostic (%)",
+                  "mean of the tasks, aware (%)"], rows)
 
 
 def published():
@@ -624,7 +642,8 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    loop, settings, digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, awareness, compared,
+    loop, settings, digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
+    awareness_cifar100, compared,
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
     cross_task_by_seed, cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100, cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100,
