@@ -54,6 +54,8 @@ def wait_to_end(started, draw, folder, seconds):
 def end(started, draw):
     """End all processes, or one of them, by a random signal. Returns it, and how many."""
     number, alone = draw.choice(KINDS), draw.random() < 0.3
+    if not started.stdout():  # perhaps not yet at the command line, from where on we listen
+        number = signal.SIGKILL
     for process in draw.sample(started.processes, 1) if alone else started.processes:
         os.kill(process.pid, number)
     codes, error = started.wait(30), started.stderr()
