@@ -1225,6 +1225,7 @@ class Run:
     """
 
     def __init__(self, trainer, scenario, test_scenario):
+        global saved
         args = self.args = trainer.args
         self.scenario, self.test_scenario = scenario, test_scenario
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
@@ -1245,7 +1246,7 @@ class Run:
             "versions": {"trainer": VERSION, "python": sys.version.split()[0],
                          "torch": str(torch.__version__), "timm": timm.__version__,
                          "numpy": np.__version__}}
-        self.checkpoint = None
+        self.checkpoint = saved = None  # (`saved` of an earlier run in this process)
         together(lambda: args.rank or self.open_directory(method), args)
         if args.distributed:  # what rank 0 read goes to all: only its machine needs the file
             box = [self.checkpoint]
@@ -1379,7 +1380,7 @@ class Run:
         if not (all(map(math.isfinite, numbers)) and weights.isfinite().all()):
             fail(f"the loss ({averages['loss']}) or a weight left the finite numbers in task "
                  f"{trainer.task + 1}, epoch {trainer.epoch}, --lr {args.lr}: try a smaller one; "
-                 "the last checkpoint is kept")
+                 f"{saved or 'nothing is saved yet'}")
         average_batchnorm(trainer.model, args)
         if args.eval_every_epoch and trainer.epoch % args.eval_every_epoch == 0:
             averages["test_accuracy"] = evaluate(trainer)["acc1"]
