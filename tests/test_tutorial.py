@@ -235,6 +235,18 @@ def test_the_map_leads_to_every_chapter_and_each_to_the_next():
     assert "(tutorial/README.md)" in (ROOT / "README.md").read_text()
 
 
+def test_every_chapter_ends_with_a_summary_and_questions():
+    for chapter in CHAPTERS:
+        text = chapter.read_text()
+        assert re.findall(r"(?m)^## (.+)$", text)[-2:] == ["Summary", "Check yourself"], chapter.name
+        summary, questions = re.split(r"(?m)^## Summary$|^## Check yourself$", text)[1:]
+        assert 3 <= len(re.findall("(?m)^- ", summary)) <= 5, chapter.name
+        # GitHub folds only what is closed, and draws Markdown only after a blank line.
+        folded = re.findall(r"(?ms)^<details><summary>(\d)\. .+?</summary>\n\n.+?\n</details>$", questions)
+        assert folded == [str(number) for number in range(1, len(folded) + 1)], chapter.name
+        assert 2 <= len(folded) <= 4 and questions.count("<details>") == len(folded), chapter.name
+
+
 def test_chapters_of_methods_have_the_fixed_headings():
     for chapter in CHAPTERS[14:]:
         assert re.findall(r"(?m)^## (.+)$", chapter.read_text()) == [
