@@ -32,6 +32,7 @@ RUNS = Path("runs/reproduce")
 TEN, ONE = range(10), range(1)
 CIFAR = "--data_set cifar100 --amp bf16"
 TINY = "--lr 0.002 --visual tiny"
+EVEN = "--num_bases 5 --increment 5 --class_order tutorial/results/even_first.txt"
 # The groups of runs: name -> (program, flags, seeds). A program is template.py, a file of
 # tutorial/methods without its .py, or a changed template. A new group needs a line here, and its
 # runs are made with --record.
@@ -101,6 +102,15 @@ GROUPS = {
     "digits_feature": ("feature_kd", "", TEN),
     "digits_finetune": ("template.py", "--memory_size 0 --lambda_kd 0 --no_align", TEN),
     "digits_fixed": ("template.py", "--fixed_memory", TEN),
+    "digits_frozen_base2": ("frozen", "--adapt --head ridge --num_bases 2", TEN),
+    "digits_frozen_even": ("frozen", f"--adapt --head ridge {EVEN}", TEN),
+    "digits_frozen_even_means": ("frozen", f"--adapt {EVEN}", TEN),
+    "digits_frozen_means": ("frozen", "--adapt", TEN),
+    "digits_frozen_one": ("frozen", "--adapt --head ridge --increment 1", TEN),
+    "digits_frozen_plain": ("frozen", "--adapt --head ridge --projection 0", TEN),
+    "digits_frozen_ridge": ("frozen", "--adapt --head ridge", TEN),
+    "digits_frozen_untrained": ("frozen", "--head ridge", TEN),
+    "digits_frozen_untrained_means": ("frozen", "", TEN),
     "digits_hardest": ("hardest.py", "", TEN),
     "digits_icarl": ("icarl", "", TEN),
     "digits_itaml_paper": ("itaml", "", TEN),
@@ -115,6 +125,9 @@ GROUPS = {
     "digits_t2": ("wa_variants", "--variant t_squared", TEN),
     "digits_tiny": ("tiny.py", "--backbone tinynet", TEN),
     "digits_wa": ("template.py", "", TEN),
+    "digits_wa_base2": ("template.py", "--num_bases 2", TEN),
+    "digits_wa_even": ("template.py", EVEN, TEN),
+    "digits_wa_one": ("template.py", "--increment 1", TEN),
 }
 # The changed templates: template.py with the changes of this section of chapter 13.
 CHANGED = {"balanced.py": "### 1.", "hardest.py": "### 2.", "tiny.py": "### 3."}
