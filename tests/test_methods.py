@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 import utils
 from template import CilModel, CilTrainer
-from tutorial.methods import aanets, bal_ft, der, itaml, itaml_inference, lucir, patience, podnet
+from tutorial.methods import (
+    aanets, bal_ft, der, frozen, itaml, itaml_inference, lucir, patience, podnet)
 
 # The flags of a short run of each method.
 METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=2", "--batch_size=16"],
@@ -29,10 +30,11 @@ METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=2", "--batch_size=16"],
            "bal_ft": ["--loss=own", "--num_epochs_ft=2", "--batch_size=16", "--reinit_heads",
                       "--herding_method=entropy", "--patience=1"],
            "itaml": ["--inner_steps=2", "--milestones", "0.5"],
-           "der": ["--num_epochs_ft=2", "--batch_size=16"]}
+           "der": ["--num_epochs_ft=2", "--batch_size=16"],
+           "frozen": ["--adapt", "--head=ridge", "--projection=100"]}
 
 TRAINERS = {"bal_ft": (bal_ft.get_parser, bal_ft.BalFT), "itaml": (itaml.get_parser, itaml.ITAML),
-            "der": (der.get_parser, der.DER),
+            "der": (der.get_parser, der.DER), "frozen": (frozen.get_parser, frozen.Frozen),
             "patience": (bal_ft.get_parser, patience.Patience)}
 for name, (module, Baseline) in aanets.BASELINES.items():
     TRAINERS[name] = module.get_parser, Baseline
@@ -1042,6 +1044,184 @@ def test_der_a_finished_branch_never_changes_in_a_run(run, processes):
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["teacher"] is None
 
 
+# ---- a frozen backbone ---------------------------------------------------------------------
+
+def learn_frozen(order, increments, *flags, every=4):
+    """The method without its loop, over a part of the digits in this order of the classes. Returns
+    (trainer, its images, their classes as columns in the natural order)."""
+    args = utils.setup(frozen.get_parser().parse_args([*flags, "--projection=40"]))
+    (x, y), _ = utils.load_digits()
+    labels = np.argsort(order)[y]
+    images = utils.ImageSet(x, labels, args, np.arange(len(y))).select(slice(0, None, every))
+    trainer = frozen.Frozen(args)
+    trainer.run = SimpleNamespace(results={}, increments=increments)
+    for trainer.task, trainer.nb_new in enumerate(increments):
+        utils.set_seed(args, trainer.task)
+        known = trainer.known_classes
+        mine = images.select((images.y >= known) & (images.y < known + trainer.nb_new))
+        trainer.expand_model(trainer.nb_new, mine)
+        trainer.train_task(mine)
+        trainer.update_memory(mine)
+        trainer.finish_task()
+        trainer.known_classes += trainer.nb_new
+    return trainer, images
+
+
+def h_of(trainer, images):
+    """h(x) of all images in float64, (n, width), by an independent formula."""
+    with torch.no_grad():
+        phi = torch.cat([trainer.model.backbone.eval()(batch) for batch, _ in
+                         utils.clean_batches(images, trainer.args)]).double().numpy()
+    R = trainer.model.R
+    return phi if R is None else np.maximum(phi @ R.double().numpy(), 0)
+
+
+def rows_of(trainer):
+    return torch.cat([head.weight for head in trainer.model.fc.heads]).detach().double().numpy()
+
+
+ORDERS = [(range(10), [4, 2, 2, 2]), ([7, 3, 9, 0, 1, 8, 4, 2, 6, 5], [1] * 10)]
+
+
+@pytest.mark.parametrize("flags", [["--ridge=0.01"], [], ["--projection=0", "--ridge=0.01"]])
+def test_the_ridge_is_the_joint_solution_for_every_order_of_the_classes(flags):
+    """Against numpy's solution for all images at once; in ten tasks it is the same, and the ridge
+    that is chosen, too."""
+    found = []
+    for order, increments in ORDERS:
+        trainer, images = learn_frozen(order, increments, "--head=ridge")
+        if flags:
+            trainer, images = learn_frozen(order, increments, "--head=ridge", *flags)
+        H, Y = h_of(trainer, images), np.eye(10)[images.y]
+        ridge = trainer.run.results["ridges"][-1] * (H ** 2).sum(axis=0).mean()
+        expected = np.linalg.solve(H.T @ H + ridge * np.eye(H.shape[1]), H.T @ Y).T
+        np.testing.assert_allclose(rows_of(trainer), expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
+        found.append((trainer.run.results["ridges"][-1], rows_of(trainer)[np.argsort(order)]))
+        with torch.no_grad():  # and the answers are H W
+            logits = trainer.predict(next(utils.clean_batches(images, trainer.args))[0])
+        np.testing.assert_allclose(logits, (H @ expected.T)[:len(logits)], atol=1e-3)
+    (ridge, one), (same, other) = found
+    assert ridge == same
+    np.testing.assert_allclose(one, other, atol=1e-4 * abs(one).max())
+
+
+def test_the_ridge_is_chosen_on_the_images_that_are_held_out():
+    """By the squared errors on each fifth image of the data set, computed from the images."""
+    trainer, images = learn_frozen(*ORDERS[0], "--head=ridge")
+    H, Y, held = h_of(trainer, images), np.eye(10)[images.y], images.rows % 5 == 0
+    errors = {}
+    for ridge in 10.0 ** np.arange(-8, 3):
+        A = H[~held].T @ H[~held]
+        A += ridge * A.diagonal().mean() * np.eye(len(A))
+        W = np.linalg.solve(A, H[~held].T @ Y[~held])
+        errors[ridge] = ((H[held] @ W - Y[held]) ** 2).sum()
+    best = min(errors, key=errors.get)
+    assert trainer.run.results["ridges"][-1] == pytest.approx(best) and 1e-8 < best < 100
+
+
+def test_class_means_are_those_of_all_images_and_the_answer_is_the_largest_cosine():
+    found = []
+    for order, increments in ORDERS:
+        trainer, images = learn_frozen(order, increments)
+        phi = h_of(trainer, images)
+        means = np.stack([phi[images.y == c].mean(axis=0) for c in range(10)])
+        np.testing.assert_allclose(rows_of(trainer), means / np.linalg.norm(means, axis=1, keepdims=True),
+                                   atol=1e-6)
+        batch = next(utils.clean_batches(images, trainer.args))[0]
+        with torch.no_grad():
+            answers = trainer.predict(batch).argmax(dim=1).numpy()
+        assert (answers == cosine(phi[:len(batch)], means).argmax(axis=1)).all()
+        found.append(np.array(order)[answers])  # digits
+    assert (found[0] == found[1]).mean() > 0.999  # the same rounding aside
+
+
+def test_nothing_but_the_heads_changes_after_the_first_task(run):
+    """To the bit, with BatchNorm's averages; nothing but the first task is in the log."""
+    before = {}
+    for stop in ("--stop_after_task=1", "--stop_after_task=3"):
+        folder, _ = run("frozen", *METHODS["frozen"], "--resume", stop)
+        weights = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+        assert all(torch.equal(weights[name], x) for name, x in before.items())
+        before = {name: x for name, x in weights.items() if not name.startswith("fc.")}
+    assert "R" in before and weights["fc.heads.0.weight"].shape == (4, 100)
+    assert {line["task"] for line in log_lines(folder)} == {1}
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["teacher"] is None
+
+
+def frozen_sums(folder):
+    trainer, _ = learn_frozen(range(10), [6, 3, 1], "--head=ridge", every=13)
+    write_of_rank(folder, trainer, [trainer.sums.flatten().tolist(), rows_of(trainer).tolist()])
+
+
+def test_the_sums_are_the_same_on_one_two_and_three_ranks(launch, tmp_path):
+    """104 images in three tasks, so that not all ranks have the same number."""
+    for processes in (1, 2, 3):
+        started = launch(function=frozen_sums, arguments=(str(tmp_path),), processes=processes)
+        assert started.wait() == [0] * processes, started.stderr()
+    one, *others = (json.loads((tmp_path / f"{name}.json").read_text())
+                    for name in ("1_0", "2_0", "2_1", "3_0", "3_1", "3_2"))
+    assert others[0] == others[1] and others[2] == others[3] == others[4]  # to the bit
+    for other in (others[0], others[2]):
+        for x, y in zip(one, other):
+            np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-4 * np.abs(x).max())
+
+
+def run_frozen_until(flags, task):
+    """A run that is killed when so many tasks are done: in the next there is no checkpoint."""
+    end_task = utils.Run.end_task
+
+    def dying(self, trainer, scores):
+        end_task(self, trainer, scores)
+        if trainer.task + 1 == task:
+            os.kill(os.getpid(), signal.SIGKILL)
+    utils.Run.end_task = dying
+    run_method("frozen", flags)
+
+
+@pytest.mark.parametrize("flags", [["--adapt", "--head=ridge"], ["--head=ridge"], ["--adapt"]])
+def test_a_frozen_run_that_was_killed_adds_up_again(flags, run, launch, tmp_path):
+    """Killed after the first and the second task. Without --adapt there is no checkpoint at all."""
+    flags = [*flags, "--projection=100"]
+    whole, _ = run("frozen", *flags, folder="whole")
+    for task in (1, 2):
+        started = launch(function=run_frozen_until, arguments=(
+            [*SHORT, "--output_dir=out", "--resume", *flags], task))
+        assert started.wait() == [-signal.SIGKILL], started.stderr()
+    for _ in range(2):  # the second time it is finished already
+        again, _ = run("frozen", *flags, "--resume")
+        assert read_results(again) == read_results(whole)
+        assert same_model(again, whole) and log_lines(again) == log_lines(whole)
+    assert len(results_of(again).get("ridges", [0] * 3)) == 3
+    assert (again / "checkpoint.pt").exists() == ("--adapt" in flags)
+
+
+def run_pretrained(weights, flags):
+    """A run whose --pretrained finds its weights in a file, as timm would after a download."""
+    create = timm.create_model
+
+    def local(name, pretrained=False, **options):
+        overlay = dict(pretrained_cfg_overlay=dict(file=weights)) if pretrained else {}
+        return create(name, pretrained=pretrained, **overlay, **options)
+    timm.create_model = local
+    run_method("frozen", flags)
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_pretrained_weights_of_timm_are_used_as_they_are(backbone, run, launch, tmp_path):
+    torch.manual_seed(5)
+    made = timm.create_model(backbone)
+    torch.save(made.state_dict(), tmp_path / "weights.pth")
+    flags = [*SHORT, f"--backbone={backbone}", "--input_size=32", "--num_workers=0", "--pretrained",
+             "--head=ridge", "--projection=100", "--output_dir=out"]
+    started = launch(function=run_pretrained, arguments=(str(tmp_path / "weights.pth"), flags))
+    assert started.wait() == [0], started.stderr()
+    found = torch.load(tmp_path / "out/model.pt", weights_only=True)["state_dict"]
+    names = [name for name, _ in made.named_parameters() if f"backbone.{name}" in found]
+    names = [name for name in names if "pos_embed" not in name]  # resampled for 32 pixels
+    assert len(names) > 10 and results_of(tmp_path / "out")["finished"]
+    assert all(torch.equal(found[f"backbone.{name}"], made.state_dict()[name]) for name in names)
+
+
 # ---- runs ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", METHODS)
@@ -1120,7 +1300,8 @@ def test_each_method_can_be_killed_and_resumed(name, run, tmp_path):
     the middle of the second task's first stage, after it, and in the middle of its second stage."""
     flags = METHODS[name]
     whole, _ = run(name, *flags, folder="whole")
-    for epoch in (3, 4, 5)[:2 + ("--num_epochs_ft=2" in flags)]:
+    # (A frozen network has the first task's two epochs only; more of it below.)
+    for epoch in (1, 2) if name == "frozen" else (3, 4, 5)[:2 + ("--num_epochs_ft=2" in flags)]:
         run(name, *flags, "--resume", die_after=epoch)
     again, _ = run(name, *flags, "--resume")
     assert read_results(again) == read_results(whole)
@@ -1246,6 +1427,12 @@ def test_frozen_modules_rest_and_learn_again():
     ("der", ["--lambda_aux=-1"], "--lambda_aux"),
     ("der", ["--temperature_ft=0"], "--temperature_ft"),
     ("der", ["--memory_size=0"], "stage 2 learns from exemplars"),
+    ("frozen", ["--ridge=0"], "--ridge"),
+    ("frozen", ["--head=ridge", "--ridge=-1"], "--ridge"),
+    ("frozen", ["--head=ridge", "--projection=1000000"], "--projection 1000000 takes 40000.0 GB"),
+    ("frozen", ["--head=nearest"], "--head"),
+    ("frozen", ["--pretrained"], "--pretrained"),
+    ("frozen", ["--memory_size=30"], "keeps no image"),
     *((name, ["--compile"], "--compile: ") for name in ("podnet", "aanets", "itaml", "der"))])
 def test_bad_input_of_the_methods_is_one_line(name, flags, message, launch):
     started = launch(function=run_file, arguments=(ROOT, f"tutorial.methods.{name}", [
@@ -1267,7 +1454,7 @@ STEPS = {"expand_model", "train_task", "make_loader", "make_optimizer", "train_e
          "update_memory", "finish_task", "predict"}
 # Lines of code at most. Those above 60 bring a network or a schedule along; their chapters say so.
 LIMITS = {"icarl": 60, "lucir": 85, "podnet": 100, "aanets": 120, "bal_ft": 60, "patience": 70,
-          "itaml": 120, "itaml_inference": 60, "itaml_networks": 60, "der": 90,
+          "itaml": 120, "itaml_inference": 60, "itaml_networks": 60, "der": 90, "frozen": 80,
           "feature_kd": 60, "wa_variants": 60, "grow": 60}
 
 
@@ -1289,7 +1476,7 @@ def test_nobody_has_a_training_loop_of_epochs_of_its_own(path):
                          if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("name", ["icarl", "lucir", "podnet"])
+@pytest.mark.parametrize("name", ["icarl", "lucir", "podnet", "frozen"])
 def test_cosines_are_computed_in_32_bits(name):
     trainer = make(name)
     trainer.means = torch.randn(6, 64)

@@ -651,6 +651,26 @@ def draw_der():
     return figure
 
 
+def draw_frozen():
+    """A frozen backbone and random features, sums that grow with the tasks, heads that are computed."""
+    figure, axes = canvas(8, 3.3)
+    for k, digit in enumerate((1, 5, 8)):
+        put(axes, digit_samples()[digit, 0], 0.15, 2.15 - 0.8 * k, 0.62)
+    axes.text(0.46, 2.95, "each image\nonce", ha="center", fontsize=9)
+    box(axes, 1.25, 1.1, 1.2, 1.1, "backbone\n$\\phi(x)$\nfrozen", GREY)
+    box(axes, 2.95, 1.1, 1.2, 1.1, "$h = $ relu$(\\phi R)$\ndrawn once,\nnever trained", GREY, 9)
+    box(axes, 4.65, 1.75, 1.35, 0.95, "$G$ += $h\\,h^T$\nfeatures ×\nfeatures", GREEN, 9)
+    box(axes, 4.65, 0.55, 1.35, 0.95, "$C$ += $h\\,y^T$\nfeatures ×\nclasses", GREEN, 9)
+    box(axes, 6.5, 1.1, 1.35, 1.1, "all heads\n$(G + \\lambda g I)^{-1} C$\nsolved anew", ORANGE, 9)
+    for start, end in (((0.85, 1.65), (1.2, 1.65)), ((2.5, 1.65), (2.9, 1.65)), ((4.2, 1.8), (4.6, 2.2)),
+                       ((4.2, 1.5), (4.6, 1.05)), ((6.05, 2.2), (6.45, 1.8)), ((6.05, 1.05), (6.45, 1.5))):
+        arrow(axes, start, end)
+    axes.text(5.32, 0.2, "sums over all tasks; a new class is a new column of $C$", ha="center", fontsize=9,
+              color=GREEN)
+    axes.set(xlim=(0, 8), ylim=(0, 3.3))
+    return figure
+
+
 def cifar_images(data_path, per_class=1):
     """{class name: [images]} from CIFAR-100 as a folder."""
     from PIL import Image
@@ -706,7 +726,8 @@ def draw_transforms(data_path):
 PICTURES = [draw_digits, draw_cifar100, draw_cifar100_methods, draw_forgetting, draw_confusion, draw_exemplars,
             draw_norms, draw_temperature, draw_speed, draw_stages, draw_loop, draw_model, draw_teacher, draw_prototypes, draw_ddp,
             draw_icarl, draw_lucir, draw_podnet, draw_aanets, draw_alphas, draw_cross_task_loss, draw_cross_task,
-            draw_cross_task_cifar100, draw_itaml, draw_continuum, draw_alta, draw_alta_digits, draw_der]
+            draw_cross_task_cifar100, draw_itaml, draw_continuum, draw_alta, draw_alta_digits, draw_der,
+            draw_frozen]
 PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
 
 

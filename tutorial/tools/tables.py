@@ -576,6 +576,52 @@ def der_published():
         left=3)
 
 
+# A frozen backbone on the digits: name of the group, label, flags.
+FROZEN = [("frozen_means", "class means", "--adapt"),
+          ("frozen_plain", "ridge on the features themselves", "--adapt --head ridge --projection 0"),
+          ("frozen_ridge", "ridge on random features", "--adapt --head ridge"),
+          ("frozen_untrained_means", "untrained network, class means", ""),
+          ("frozen_untrained", "untrained network, ridge", "--head ridge")]
+# Where it is compared with WA: label, group, WA's group.
+FROZEN_PROTOCOLS = [("4 + 2 + 2 + 2", "frozen_ridge", "wa"), ("4 + 1 + 1 + 1 + 1 + 1 + 1", "frozen_one", "wa_one"),
+                    ("5 even, then 5 odd", "frozen_even", "wa_even")]
+
+
+def frozen():
+    """Both heads on a trained first task, and on a network that nobody trained."""
+    return summary_table([("WA, 30 exemplars", "", "digits_wa"), *((label, flags, f"digits_{name}")
+                                                                   for name, label, flags in FROZEN)])
+
+
+def frozen_by_seed():
+    return of_digits(*((f"{label} minus WA", name, "wa") for name, label, _ in FROZEN),
+                     ("random features minus the features themselves", "frozen_ridge", "frozen_plain"),
+                     *((f"{label}: ridge minus WA", name, wa) for label, name, wa in FROZEN_PROTOCOLS[1:]),
+                     ("5 even, then 5 odd: class means minus WA", "frozen_even_means", "wa_even"))
+
+
+def frozen_when():
+    """Protocol by protocol, what each way costs and gives. Seconds of one run, the median."""
+    rows = []
+    for label, frozen_group, wa in [*FROZEN_PROTOCOLS, ("4 + 2 + 2 + 2", "frozen_untrained", "")]:
+        for group, what, kept in ((frozen_group, "freeze", "none"), (wa, "train (WA)", "30")):
+            runs = load(f"digits_{group}")
+            if group == "frozen_untrained":
+                label, what = "none: the network is not trained", "freeze at once"
+            if runs:
+                rows.append([label, what, kept, f"{np.median([run['seconds'] for run in runs]):.0f}",
+                             *(mean_std([run[key] for run in runs]) for key, _ in SUMMARY[:2])])
+    return table(["classes: the first task, then the others", "what", "images kept", "seconds",
+                  "average (%)", "last (%)"], rows, left=3)
+
+
+def frozen_published():
+    rows = measured("published")["frozen"]
+    return table(["CIFAR-100", "backbone", "trained on", "source", "last (%)"], [
+        [row["what"], row["backbone"], row["trained on"], row["source"], f"{row['last']:.1f}"] for row in rows],
+        left=4)
+
+
 # ALTA on the digits: name of the group, label, flags.
 CLIP_RUNS = [("sgd", "lower bound: ALTA without a memory", "--memory_size 0"),
              *((name, label, f"--clip_method {name}") for name, label in (
@@ -647,7 +693,8 @@ TABLES = {f.__name__: f for f in (
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
     cross_task_by_seed, cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100, cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100,
-    itaml_published, alta, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed, der_by_seed, alta_speed, der, der_published)}
+    itaml_published, alta, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed, der_by_seed, alta_speed, der, der_published, frozen,
+    frozen_by_seed, frozen_when, frozen_published)}
 
 
 def value(name, key):
