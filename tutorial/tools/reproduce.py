@@ -106,7 +106,6 @@ GROUPS = {
     "digits_frozen_even_means": ("frozen", f"--adapt {EVEN}", TEN),
     "digits_frozen_means": ("frozen", "--adapt", TEN),
     "digits_frozen_one": ("frozen", "--adapt --head ridge --increment 1", TEN),
-    "digits_frozen_plain": ("frozen", "--adapt --head ridge --projection 0", TEN),
     "digits_frozen_ridge": ("frozen", "--adapt --head ridge", TEN),
     "digits_frozen_untrained": ("frozen", "--head ridge", TEN),
     "digits_frozen_untrained_means": ("frozen", "", TEN),

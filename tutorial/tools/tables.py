@@ -578,7 +578,6 @@ def der_published():
 
 # A frozen backbone on the digits: name of the group, label, flags.
 FROZEN = [("frozen_means", "class means", "--adapt"),
-          ("frozen_plain", "ridge on the features themselves", "--adapt --head ridge --projection 0"),
           ("frozen_ridge", "ridge on random features", "--adapt --head ridge"),
           ("frozen_untrained_means", "untrained network, class means", ""),
           ("frozen_untrained", "untrained network, ridge", "--head ridge")]
@@ -595,7 +594,6 @@ def frozen():
 
 def frozen_by_seed():
     return of_digits(*((f"{label} minus WA", name, "wa") for name, label, _ in FROZEN),
-                     ("random features minus the features themselves", "frozen_ridge", "frozen_plain"),
                      *((f"{label}: ridge minus WA", name, wa) for label, name, wa in FROZEN_PROTOCOLS[1:]),
                      ("5 even, then 5 odd: class means minus WA", "frozen_even_means", "wa_even"))
 
