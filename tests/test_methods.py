@@ -1149,7 +1149,7 @@ def test_nothing_but_the_heads_changes_after_the_first_task(run):
 
 
 def frozen_sums(folder):
-    trainer, _ = learn_frozen(range(10), [6, 3, 1], "--head=ridge", every=13)
+    trainer, _ = learn_frozen(range(10), [6, 3, 1], "--head=ridge", "--batch_size=30", every=13)
     write_of_rank(folder, trainer, [trainer.sums.flatten().tolist(), rows_of(trainer).tolist()])
 
 
