@@ -10,6 +10,7 @@ gets through, by itself or since it was ended ten times.
 """
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -57,7 +58,8 @@ def end(started, draw):
     if not started.stdout():  # perhaps not yet at the command line, from where on we listen
         number = signal.SIGKILL
     for process in draw.sample(started.processes, 1) if alone else started.processes:
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it was through just now
+            os.kill(process.pid, number)
     codes, error = started.wait(30), started.stderr()
     # At most one line: of ours, or that a process was lost.
     assert error.count("\n") <= 1 and "Traceback" not in error, error
