@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the bit is a promise for the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, and the same sums in every run
+
+# In place of utils.Progress, for a trainer that has no whole run.
+SILENT = SimpleNamespace(begin_epoch=lambda trainer: None, due=lambda: False)
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["template", "continuum"])

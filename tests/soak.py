@@ -34,6 +34,7 @@ def run(name, flags, seconds):
     (x, y), test = utils.load_digits()
     utils.load_digits = lambda: [(x[::4], y[::4]), test]
     utils.CHECKPOINT_SECONDS = seconds
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     run_file(ROOT, "template.py" if name == "template" else f"tutorial.methods.{name}", flags)
 
 

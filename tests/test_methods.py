@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, SHORT, read_results, run_file
+from conftest import ROOT, SHORT, SILENT, read_results, run_file
 from test_core import lines_of_code
 from test_resume import log_lines, same_model
 from torch.nn import functional as F
@@ -47,7 +47,7 @@ def make(name, *flags, known=4, new=2):
     trainer = Trainer(args)
     trainer.run = SimpleNamespace(
         increments=[known, new], results={"gammas": []}, scaler=torch.amp.GradScaler(enabled=False),
-        restore_fit=lambda *_: 0, end_epoch=lambda *_: None)
+        restore_fit=lambda *_: 0, end_epoch=lambda *_: None, progress=SILENT)
     trainer.task_of = utils.task_of_class([known, new])  # of BAL_FT
     trainer.task, trainer.nb_new, trainer.stage, trainer.epoch = 0, known, 0, 0
     trainer.expand_model(known, images_of(range(known), args))
