@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, SHORT, Launch, read_results, run_file
+from conftest import ROOT, SHORT, Launch, quarter_digits, read_results, run_file
 from test_resume import log_lines, same_model
 
 import utils
@@ -31,8 +31,7 @@ KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 def run(name, flags, seconds):
     """A run on a quarter of the training images, from its command line."""
-    (x, y), test = utils.load_digits()
-    utils.load_digits = lambda: [(x[::4], y[::4]), test]
+    quarter_digits()
     utils.CHECKPOINT_SECONDS = seconds
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     run_file(ROOT, "template.py" if name == "template" else f"tutorial.methods.{name}", flags)

@@ -22,7 +22,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, read_results, run_file
+from conftest import ROOT, SHORT, kill_after, read_results, run_file
 from PIL import Image
 from test_resume import log_lines, same_model
 
@@ -398,7 +398,7 @@ def test_ctrl_c_or_a_kill_leaves_no_run_behind(tmp_path, number):
 # ---- the programs of the tutorial -----------------------------------------------------------
 
 @pytest.mark.parametrize("name", [name for name in GROUPS if GROUPS[name][0] in reproduce.CHANGED])
-def test_the_changes_of_chapter_12_run(tmp_path, launch, name):
+def test_the_changes_of_chapter_13_run(tmp_path, launch, name):
     program, flags, _ = GROUPS[name]
     source = reproduce.changed_template(program)
     assert source != (ROOT / "template.py").read_text()
@@ -413,14 +413,8 @@ def test_the_changes_of_chapter_12_run(tmp_path, launch, name):
 
 def run_recipe(folder, program, flags, die_after=None):
     """A run of a changed template, or until rank 0 has logged so many epochs: there it is killed."""
-    end_epoch = utils.Run.end_epoch
-
-    def dying(self, trainer, *rest):
-        end_epoch(self, trainer, *rest)
-        if trainer.args.rank == 0 and len(self.log) == die_after:
-            os.kill(os.getpid(), signal.SIGKILL)
     if die_after:
-        utils.Run.end_epoch, utils.CHECKPOINT_SECONDS = dying, 0
+        kill_after(die_after)
     run_file(folder, program, flags)
 
 
@@ -429,7 +423,7 @@ def run_recipe(folder, program, flags, die_after=None):
 @pytest.mark.parametrize("program, flags, stages, epoch", [
     ("sampler.py", [], {1}, 3), ("two_fits.py", ["--no_align", "--num_epochs=4"], {1, 2}, 9),
     ("bic.py", ["--no_align", "--lambda_kd=dynamic"], {1, 2}, 5)])
-def test_the_recipes_of_chapter_12_run_and_can_be_resumed(tmp_path, launch, program, flags, stages, epoch):
+def test_the_recipes_of_chapter_13_run_and_can_be_resumed(tmp_path, launch, program, flags, stages, epoch):
     (tmp_path / program).write_text(reproduce.changed_template(program))
 
     def run(folder, *more, die_after=None):
