@@ -632,10 +632,10 @@ def test_exemplars_are_kept(tmp_path, image_folder, monkeypatch, capsys):
         assert re.fullmatch("error: exemplars.json is no exemplars.json .*\n", refused("new"))
 
 
-def test_the_commands_of_chapter_13_run(tmp_path, launch):
+def test_the_commands_of_chapter_14_run(tmp_path, launch):
     """All of them, one after the other, but with short training."""
     text = "\n".join(blocks((ROOT / "tutorial/14_use_the_model.md").read_text(), "bash"))
-    for line in filter(None, text.splitlines()):
+    for line in filter(None, text.replace("\\\n", " ").splitlines()):
         words = shlex.split(line)
         place = next(i for i, word in enumerate(words) if word.endswith(".py") or "tutorial." in word)
         name, arguments = words[place], words[place + 1:]
