@@ -228,7 +228,8 @@ def end_at_signals():
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.fileno())  # the number of a signal comes through here
-    ends = (signal.SIGINT, signal.SIGTERM)
+    ends = [number for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) != signal.SIG_IGN]  # as the starter may wish, such as nohup
     for number in ends:
         signal.signal(number, lambda *_: None)
 

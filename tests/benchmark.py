@@ -69,7 +69,9 @@ def measure(args, images, as_they_come, size, mine):
     trainer = template.CilTrainer(args)
     trainer.expand_model(50, images)
     trainer.parallel_model, trainer.task, trainer.epoch = trainer.model, 0, 0
-    trainer.run = SimpleNamespace(increments=[50], scaler=torch.amp.GradScaler("cpu", enabled=False))
+    silent = SimpleNamespace(begin_epoch=lambda trainer: None, due=lambda: False)
+    trainer.run = SimpleNamespace(increments=[50], progress=silent,
+                                  scaler=torch.amp.GradScaler("cpu", enabled=False))
     loader = utils.train_loader(images, args)
     plain_loader = torch.utils.data.DataLoader(as_they_come, 128, shuffle=True, drop_last=True,
                                                num_workers=mine.num_workers)

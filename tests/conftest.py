@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the bit is a promise for the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, and the same sums in every run
+
+# In place of utils.Progress, for a trainer that has no whole run.
+SILENT = SimpleNamespace(begin_epoch=lambda trainer: None, due=lambda: False)
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["template", "continuum"])
@@ -61,6 +66,26 @@ def run_file(folder, name, arguments):
         runpy.run_path(str(Path(folder) / name), run_name="__main__")
     else:
         runpy.run_module(name, run_name="__main__")
+
+
+def kill_after(epochs):
+    """Let this process, if it is rank 0, write a checkpoint and be killed after so many epochs of
+    its run, counted from the first of the first task."""
+    import utils
+    end_epoch = utils.Run.end_epoch
+
+    def dying(self, trainer, *rest):
+        end_epoch(self, trainer, *rest)
+        if trainer.args.rank == 0 and len(self.log) == epochs:
+            os.kill(os.getpid(), signal.SIGKILL)
+    utils.Run.end_epoch, utils.CHECKPOINT_SECONDS = dying, 0
+
+
+def quarter_digits():
+    """Let this process see a quarter of the digits' training images."""
+    import utils
+    (x, y), test = utils.load_digits()
+    utils.load_digits = lambda: [(x[::4], y[::4]), test]
 
 
 class Launch:

@@ -10,6 +10,7 @@ gets through, by itself or since it was ended ten times.
 """
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, SHORT, Launch, read_results, run_file
+from conftest import ROOT, SHORT, Launch, quarter_digits, read_results, run_file
 from test_resume import log_lines, same_model
 
 import utils
@@ -30,9 +31,9 @@ KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 def run(name, flags, seconds):
     """A run on a quarter of the training images, from its command line."""
-    (x, y), test = utils.load_digits()
-    utils.load_digits = lambda: [(x[::4], y[::4]), test]
+    quarter_digits()
     utils.CHECKPOINT_SECONDS = seconds
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     run_file(ROOT, "template.py" if name == "template" else f"tutorial.methods.{name}", flags)
 
 
@@ -57,7 +58,8 @@ def end(started, draw):
     if not started.stdout():  # perhaps not yet at the command line, from where on we listen
         number = signal.SIGKILL
     for process in draw.sample(started.processes, 1) if alone else started.processes:
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it was through just now
+            os.kill(process.pid, number)
     codes, error = started.wait(30), started.stderr()
     # At most one line: of ours, or that a process was lost.
     assert error.count("\n") <= 1 and "Traceback" not in error, error

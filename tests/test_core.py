@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, SILENT
 from PIL import Image
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from torch.nn import functional as F
@@ -30,7 +30,8 @@ def make_args(*flags):
 def make_trainer(*flags, increments=(4, 2, 2, 2)):
     trainer = template.CilTrainer(make_args(*flags))
     trainer.run = SimpleNamespace(increments=list(increments), results={"gammas": []},
-                                  scaler=torch.amp.GradScaler("cpu", enabled=False))
+                                  scaler=torch.amp.GradScaler("cpu", enabled=False),
+                                  progress=SILENT)
     return trainer
 
 

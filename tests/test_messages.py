@@ -117,6 +117,12 @@ def test_progress_on_a_terminal(tmp_path, monkeypatch, capsys):
 def command(flags, seconds):
     """The command line itself, which reacts to signals; a checkpoint after so many seconds."""
     utils.CHECKPOINT_SECONDS = seconds
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background ignores it
+    run_file(ROOT, "template.py", flags)
+
+
+def command_that_ignores(flags):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_file(ROOT, "template.py", flags)
 
 
@@ -162,6 +168,13 @@ def test_a_signal_ends_a_process_that_waits_for_another(launch, tmp_path):
     first.join(10)
     assert time.time() < sent + 3 and first.exitcode == 128 + signal.SIGTERM
     assert started.stderr().startswith("ended by SIGTERM: saved to a up to task 1, epoch ")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(launch, tmp_path):
+    started = launch(function=command_that_ignores, arguments=([*SHORT, "--output_dir=a"],))
+    wait_for(tmp_path / "a/log.jsonl", 1, started)
+    os.kill(started.processes[0].pid, signal.SIGINT)
+    assert started.wait() == [0] and read_results(tmp_path / "a")["finished"]
 
 
 def test_a_signal_before_anything_is_saved(launch, tmp_path):

@@ -4,16 +4,14 @@ import copy
 import functools
 import json
 import math
-import os
 import re
-import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, SHORT, read_results, run_file
+from conftest import ROOT, SHORT, SILENT, kill_after, quarter_digits, read_results, run_file
 from test_core import lines_of_code
 from test_resume import log_lines, same_model
 from torch.nn import functional as F
@@ -49,7 +47,7 @@ def make(name, *flags, known=4, new=2):
     trainer = Trainer(args)
     trainer.run = SimpleNamespace(
         increments=[known, new], results={"gammas": []}, scaler=torch.amp.GradScaler(enabled=False),
-        restore_fit=lambda *_: 0, end_epoch=lambda *_: None)
+        restore_fit=lambda *_: 0, end_epoch=lambda *_: None, progress=SILENT)
     trainer.task_of = utils.task_of_class([known, new])  # of BAL_FT
     trainer.task, trainer.nb_new, trainer.stage, trainer.epoch = 0, known, 0, 0
     trainer.expand_model(known, images_of(range(known), args))
@@ -99,16 +97,9 @@ def cosine(a, b):
 def run_method(name, flags, die_after=None):
     """A run on a quarter of the training images, or until its epoch with this number, counted from
     the first of the first task: then it writes a checkpoint and is killed."""
-    (x, y), test = utils.load_digits()
-    utils.load_digits = lambda: [(x[::4], y[::4]), test]
-    end_epoch = utils.Run.end_epoch
-
-    def dying(self, trainer, *rest):
-        end_epoch(self, trainer, *rest)
-        if trainer.args.rank == 0 and len(self.log) == die_after:
-            os.kill(os.getpid(), signal.SIGKILL)
+    quarter_digits()
     if die_after:
-        utils.Run.end_epoch, utils.CHECKPOINT_SECONDS = dying, 0
+        kill_after(die_after)
     run_file(ROOT, f"tutorial.methods.{name}", flags)
 
 

@@ -6,7 +6,6 @@
 
 Writes a folder `tensorboard` into each run's directory, in place of the one of an earlier call.
 """
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -34,8 +33,7 @@ def write(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = utils.fail
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="output directories of runs")
     for folder in parser.parse_args().runs:
         try:

@@ -47,6 +47,7 @@ GROUPS = {
     "cifar100_bal_ft_own_joint": (
         "bal_ft", f"{CIFAR} --num_epochs 6 --num_epochs_ft 4 --patience 0 --validation seen "
         "--upper_bound joint --loss own", ONE),
+    "cifar100_der": ("der", f"{CIFAR} --aa none --num_epochs 20", ONE),
     "cifar100_finetune": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --memory_size 0 "
                           "--lambda_kd 0 --no_align", ONE),
     "cifar100_icarl": ("icarl", f"{CIFAR} --num_epochs 20", ONE),
