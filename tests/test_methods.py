@@ -4,7 +4,9 @@ import copy
 import functools
 import json
 import math
+import os
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -1169,19 +1171,17 @@ def run_frozen_until(flags, task):
     run_method("frozen", flags)
 
 
-@pytest.mark.parametrize("flags", [["--adapt", "--head=ridge"], ["--head=ridge"], ["--adapt"]])
+@pytest.mark.parametrize("flags", [["--adapt", "--head=ridge"], []])
 def test_a_frozen_run_that_was_killed_adds_up_again(flags, run, launch, tmp_path):
-    """Killed after the first and the second task. Without --adapt there is no checkpoint at all."""
+    """Killed after the second task. Without --adapt there is no checkpoint at all."""
     flags = [*flags, "--projection=100"]
     whole, _ = run("frozen", *flags, folder="whole")
-    for task in (1, 2):
-        started = launch(function=run_frozen_until, arguments=(
-            [*SHORT, "--output_dir=out", "--resume", *flags], task))
-        assert started.wait() == [-signal.SIGKILL], started.stderr()
-    for _ in range(2):  # the second time it is finished already
-        again, _ = run("frozen", *flags, "--resume")
-        assert read_results(again) == read_results(whole)
-        assert same_model(again, whole) and log_lines(again) == log_lines(whole)
+    started = launch(function=run_frozen_until, arguments=(
+        [*SHORT, "--output_dir=out", "--resume", *flags], 2))
+    assert started.wait() == [-signal.SIGKILL], started.stderr()
+    again, _ = run("frozen", *flags, "--resume")
+    assert read_results(again) == read_results(whole)
+    assert same_model(again, whole) and log_lines(again) == log_lines(whole)
     assert len(results_of(again).get("ridges", [0] * 3)) == 3
     assert (again / "checkpoint.pt").exists() == ("--adapt" in flags)
 

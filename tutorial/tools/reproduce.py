@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tutorial/results"
 RUNS = Path("runs/reproduce")
 
-TEN, FIVE, ONE = range(10), range(5), range(1)
+TEN, ONE = range(10), range(1)
 CIFAR = "--data_set cifar100 --amp bf16"
 TINY = "--lr 0.002 --visual tiny"
 EVEN = "--num_bases 5 --increment 5 --class_order tutorial/results/even_first.txt"
@@ -50,6 +50,12 @@ GROUPS = {
     "cifar100_der": ("der", f"{CIFAR} --aa none --num_epochs 20", ONE),
     "cifar100_finetune": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --memory_size 0 "
                           "--lambda_kd 0 --no_align", ONE),
+    "cifar100_frozen_one": (
+        "frozen", f"{CIFAR} --aa none --num_epochs 20 --adapt --head ridge --increment 1 "
+        "--ridge 0.001", ONE),
+    "cifar100_frozen_means": ("frozen", f"{CIFAR} --aa none --num_epochs 20 --adapt", ONE),
+    "cifar100_frozen_ridge": (
+        "frozen", f"{CIFAR} --aa none --num_epochs 20 --adapt --head ridge", ONE),
     "cifar100_icarl": ("icarl", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_itaml": ("itaml", f"{CIFAR} --backbone resnet32 --num_epochs 5", ONE),
     "cifar100_lucir": ("lucir", f"{CIFAR} --num_epochs 20", ONE),
@@ -103,6 +109,7 @@ GROUPS = {
     "digits_feature": ("feature_kd", "", TEN),
     "digits_finetune": ("template.py", "--memory_size 0 --lambda_kd 0 --no_align", TEN),
     "digits_fixed": ("template.py", "--fixed_memory", TEN),
+    "digits_frozen_bare": ("frozen", "--adapt --head ridge --projection 0", TEN),
     "digits_frozen_even": ("frozen", f"--adapt --head ridge {EVEN}", TEN),
     "digits_frozen_even_means": ("frozen", f"--adapt {EVEN}", TEN),
     "digits_frozen_means": ("frozen", "--adapt", TEN),
@@ -124,8 +131,8 @@ GROUPS = {
     "digits_t2": ("wa_variants", "--variant t_squared", TEN),
     "digits_tiny": ("tiny.py", "--backbone tinynet", TEN),
     "digits_wa": ("template.py", "", TEN),
-    "digits_wa_even": ("template.py", EVEN, FIVE),
-    "digits_wa_one": ("template.py", "--increment 1", FIVE),
+    "digits_wa_even": ("template.py", EVEN, TEN),
+    "digits_wa_one": ("template.py", "--increment 1", TEN),
 }
 # The changed templates: template.py with the changes of this section of chapter 13.
 CHANGED = {"balanced.py": "### 1.", "hardest.py": "### 2.", "tiny.py": "### 3."}
