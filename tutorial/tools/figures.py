@@ -425,7 +425,7 @@ def draw_lucir():
         line.plot(cosine, 0.6, "o", color=colour, ms=13)
         line.text(cosine, 0.76, name, color=colour, ha="center")
     line.set(xlim=(0, 1), ylim=(0, 1.45), yticks=[], xlabel="cosine with φ(x)",
-             title="margin ranking: no new class in the red band")
+             title="margin ranking: no new class in the shaded band")
     line.grid(False)
     return figure
 
