@@ -282,6 +282,11 @@ def of_digits(*rows):
     return differences([(label, load(f"digits_{name}"), load(f"digits_{first}")) for label, name, first in rows])
 
 
+def ideas_by_seed():
+    return of_digits(("balanced softmax minus WA", "balanced", "wa"), ("the hardest exemplars minus WA", "hardest", "wa"),
+                     ("three convolutions minus WA", "tiny", "wa"), ("`feature_kd.py` minus WA", "feature", "wa"))
+
+
 def icarl_by_seed():
     """The methods' table once more, against WA; and iCaRL's two answers against each other."""
     runs = load("digits_icarl")
@@ -307,6 +312,7 @@ def aanets_by_seed():
     return of_digits(("two equal branches minus LUCIR alone", "aanets_free", "lucir"),
                      ("stable and plastic, α one half, minus LUCIR alone", "aanets_half", "lucir"),
                      ("LUCIR + AANets minus LUCIR alone", "aanets_lucir", "lucir"),
+                     ("α one half minus two equal branches", "aanets_half", "aanets_free"),
                      ("LUCIR + AANets minus two equal branches", "aanets_lucir", "aanets_free"),
                      ("LUCIR + AANets minus α one half", "aanets_lucir", "aanets_half"),
                      ("LUCIR + AANets minus WA", "aanets_lucir", "wa"))
@@ -503,7 +509,7 @@ def inference():
     rows = []
     for label, name in (("finetune", "finetune"), ("replay", "replay"), ("WA", "wa"), ("iCaRL", "icarl"),
                         ("LUCIR", "lucir"), ("PODNet", "podnet"), ("LUCIR + AANets", "aanets_lucir"),
-                        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base", "itaml_paper")):
+                        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base", "itaml_paper"), ("DER", "der")):
         runs, shares = load(f"digits_{name}"), []
         for run in runs:
             task = np.repeat(np.arange(len(run["increments"])), run["increments"])
@@ -691,8 +697,8 @@ TABLES = {f.__name__: f for f in (
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
     cross_task_by_seed, cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100, cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100,
-    itaml_published, alta, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed, der_by_seed, alta_speed, der, der_published, frozen,
-    frozen_by_seed, frozen_when, frozen_published)}
+    itaml_published, alta, ideas_by_seed, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed, der_by_seed, alta_speed, der, der_published,
+    frozen, frozen_by_seed, frozen_when, frozen_published)}
 
 
 def value(name, key):
