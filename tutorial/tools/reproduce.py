@@ -123,6 +123,12 @@ GROUPS = {
     "digits_itaml_released": ("itaml", "--meta released", TEN),
     "digits_joint": ("template.py", "--num_bases 10", TEN),
     "digits_lucir": ("lucir", "", TEN),
+    "digits_orders_finetune": (
+        "template.py", "--memory_size 0 --lambda_kd 0 --no_align --class_order seed", TEN),
+    "digits_orders_replay": ("template.py", "--lambda_kd 0 --no_align --class_order seed", TEN),
+    "digits_orders_replay_align": ("template.py", "--lambda_kd 0 --class_order seed", TEN),
+    "digits_orders_replay_kd": ("template.py", "--no_align --class_order seed", TEN),
+    "digits_orders_wa": ("template.py", "--class_order seed", TEN),
     "digits_podnet": ("podnet", "", TEN),
     "digits_random": ("template.py", "--herding_method random", TEN),
     "digits_replay": ("template.py", "--lambda_kd 0 --no_align", TEN),
