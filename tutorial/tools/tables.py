@@ -115,6 +115,21 @@ def digits():
     return summary_table([(label, flags, f"digits_{name}") for name, label, flags, _ in ABLATION])
 
 
+def orders():
+    """The ablation with one order of the classes for all seeds, and with an order for each."""
+    rows = []
+    for name, label, _, _ in ABLATION:
+        for title, group in (("one", name), ("ten", f"orders_{name}")):
+            rows.append(summary((label, title), load(f"digits_{group}")))
+    return table(["method", "class orders", *(title for _, title in SUMMARY)], rows, left=2)
+
+
+def orders_by_seed():
+    """What each ingredient brings, with ten orders."""
+    return of_digits(*((f"{label} minus replay", f"orders_{name}", "orders_replay") for name, label, *_ in ABLATION[2:4]),
+                     *((f"WA minus {label}", "orders_wa", f"orders_{name}") for name, label, *_ in ABLATION[2:4]))
+
+
 def loop():
     """A run of the digits, task by task: what is trained on, and what is left."""
     run, (train_y, _) = load("digits_wa")[0], [y for _, y in utils.load_digits()]
@@ -584,6 +599,7 @@ def der_published():
 
 # A frozen backbone on the digits: name of the group, label, flags.
 FROZEN = [("frozen_means", "class means", "--adapt"),
+          ("frozen_bare", "ridge, no random layer", "--adapt --head ridge --projection 0"),
           ("frozen_ridge", "ridge on random features", "--adapt --head ridge"),
           ("frozen_untrained_means", "untrained network, class means", ""),
           ("frozen_untrained", "untrained network, ridge", "--head ridge")]
@@ -600,6 +616,7 @@ def frozen():
 
 def frozen_by_seed():
     return of_digits(*((f"{label} minus WA", name, "wa") for name, label, _ in FROZEN),
+                     ("ridge on random features minus ridge, no random layer", "frozen_ridge", "frozen_bare"),
                      *((f"{label}: ridge minus WA", name, wa) for label, name, wa in FROZEN_PROTOCOLS[1:]),
                      ("5 even, then 5 odd: class means minus WA", "frozen_even_means", "wa_even"))
 
@@ -692,7 +709,7 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    loop, settings, digits, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
+    loop, settings, digits, orders, orders_by_seed, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
     awareness_cifar100, compared,
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
