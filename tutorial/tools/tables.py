@@ -728,10 +728,15 @@ def value(name, key):
     return np.mean(found)
 
 
+def unbroken(text):
+    """With no-break spaces in 90.3 ± 2.7 and (3 of 10), so that no narrow column cuts them."""
+    return re.sub(r"(?<=\d) (±|of) (?=\d)", "\u00a0\\1\u00a0", text)
+
+
 def fill(text):
     """The text with each of its tables and numbers written anew."""
     text = re.sub(r"(<!-- table (\w+) -->\n)(?:[^\n]+\n)*?(<!-- end -->)",
-                  lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], text)
+                  lambda match: match[1] + unbroken(TABLES[match[2]]()) + "\n" + match[3], text)
     return re.sub(r"(<!-- value (\S+) (\S+) -->)(\d+\.?(\d*))(<!-- end -->)",
                   lambda m: f"{m[1]}{value(m[2], m[3]):.{len(m[5])}f}{m[6]}", text)
 
