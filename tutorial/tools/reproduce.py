@@ -50,12 +50,6 @@ GROUPS = {
     "cifar100_der": ("der", f"{CIFAR} --aa none --num_epochs 20", ONE),
     "cifar100_finetune": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --memory_size 0 "
                           "--lambda_kd 0 --no_align", ONE),
-    "cifar100_frozen_one": (
-        "frozen", f"{CIFAR} --aa none --num_epochs 20 --adapt --head ridge --increment 1 "
-        "--ridge 0.001", ONE),
-    "cifar100_frozen_means": ("frozen", f"{CIFAR} --aa none --num_epochs 20 --adapt", ONE),
-    "cifar100_frozen_ridge": (
-        "frozen", f"{CIFAR} --aa none --num_epochs 20 --adapt --head ridge", ONE),
     "cifar100_icarl": ("icarl", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_itaml": ("itaml", f"{CIFAR} --backbone resnet32 --num_epochs 5", ONE),
     "cifar100_lucir": ("lucir", f"{CIFAR} --num_epochs 20", ONE),
