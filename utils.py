@@ -1048,8 +1048,9 @@ class Progress:
         text = (f"task {trainer.task + 1}/{self.tasks}{later} epoch {trainer.epoch + 1}/"
                 f"{trainer.run.num_epochs}: loss {averages['loss']:.3f}, "
                 f"accuracy {averages['train_accuracy']:.1f} %, "
-                f"{averages['images_per_second']:.0f} images/s, "
-                f"{datetime.timedelta(seconds=round(left))} left")
+                f"{averages['images_per_second']:.0f} images/s, " + (
+                    "the last stage" if later and done == 1 else
+                    f"{datetime.timedelta(seconds=round(left))} left"))
         if self.bar:
             self.bar.n = done
             self.bar.set_description_str(text)

@@ -95,6 +95,10 @@ def test_time_left(monkeypatch, capsys):
     trainer.stage = 1
     progress.show(trainer, 1, {"loss": 1, "train_accuracy": 50, "images_per_second": 9})
     assert capsys.readouterr().out.startswith("task 2/3 stage 2 epoch 4/4: ")
+    trainer.task = 2  # the end of this one is not known
+    progress.show(trainer, 1, {"loss": 1, "train_accuracy": 50, "images_per_second": 9})
+    assert capsys.readouterr().out.endswith("9 images/s, the last stage\n")
+    trainer.task = 1
     stopped = utils.Progress(argparse.Namespace(rank=0, stop_after_task=2, memory_size=10),
                              [2, 2, 2], labels)
     trainer.task, trainer.epoch = 1, 3

@@ -72,13 +72,13 @@ def draw_cifar100():
 
 def draw_cifar100_methods():
     """Accuracy after each task, a line for each method."""
-    notes = {"wa": " (2,000 exemplars from the start)", "podnet": " (its own network)"}
+    notes = {"wa": " (memory shared out)", "podnet": " (its own network)", "der": " (six networks)"}
     rows = [(label + notes.get(name, ""), load(f"cifar100_{name}")[:1], colour, "-")
             for name, label, colour in CIFAR_METHODS]
     figure, axes = draw_curves(rows, "CIFAR-100, base 50, increment 10,\n20 epochs a task, "
                                "one seed")
-    axes.set_ylim(0, 102)
-    axes.legend(loc="lower left")
+    axes.set_ylim(30, 80)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

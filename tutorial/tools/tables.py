@@ -363,7 +363,8 @@ def aanets():
 
 # The methods on CIFAR-100: name of the group, label, colour.
 CIFAR_METHODS = [("wa", "WA", GREY), ("icarl", "iCaRL", PINK), ("lucir", "LUCIR", BLUE),
-                 ("podnet", "PODNet", ORANGE), ("aanets_lucir", "LUCIR + AANets", GREEN)]
+                 ("podnet", "PODNet", ORANGE), ("aanets_lucir", "LUCIR + AANets", GREEN),
+                 ("der", "DER", RED)]
 
 
 def cifar100_methods():
