@@ -225,6 +225,8 @@ def end_at_signals():
     A thread waits for them: the main one may be deep in a message to a process that is gone. What
     is on disk stays whole, as after any other end (`write_file`).
     """
+    # tqdm's own lock is one for several processes, which a process that ends at once would leave.
+    tqdm.set_lock(threading.RLock())
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.fileno())  # the number of a signal comes through here
