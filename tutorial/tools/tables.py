@@ -285,7 +285,8 @@ def methods():
         ("LUCIR", "-m tutorial.methods.lucir", "lucir"), ("PODNet", "-m tutorial.methods.podnet", "podnet"),
         ("LUCIR + AANets", "-m tutorial.methods.aanets", "aanets_lucir"),
         ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"),
-        ("DER", "-m tutorial.methods.der", "der"))]
+        ("DER", "-m tutorial.methods.der", "der"),
+        ("frozen backbone, ridge", "-m tutorial.methods.frozen --adapt --head ridge", "frozen_ridge"))]
     found = [run["network_acc1s"] for run in load("digits_icarl")]
     rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
                     mean_std([accuracies[-1] for accuracies in found]), ""])
@@ -309,7 +310,8 @@ def icarl_by_seed():
                       "last_accuracy": run["network_acc1s"][-1]} for run in runs]
     rows = [(f"{label} minus WA", load(f"digits_{name}"), load("digits_wa")) for label, name in (
         ("iCaRL", "icarl"), ("LUCIR", "lucir"), ("PODNet", "podnet"), ("LUCIR + AANets", "aanets_lucir"),
-        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base,", "itaml_paper"), ("DER", "der"))]
+        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base,", "itaml_paper"), ("DER", "der"),
+        ("frozen backbone, ridge,", "frozen_ridge"))]
     text = differences([*rows, ("iCaRL: nearest mean minus network", runs, network)])
     return text[:text.rindex("|", 0, -1)] + "|  |"  # (the network's own forgetting is not recorded)
 
