@@ -1047,12 +1047,13 @@ class Progress:
         began, before = self.start
         left = (self.shown - began) * (1 - done) / max(done - before, 1e-9)  # seconds
         later = f" stage {trainer.stage + 1}" * (trainer.stage > 0)
+        ending = f"{datetime.timedelta(seconds=round(left))} left"
+        if later and done == 1:  # no one knows how long it is
+            ending = "the last stage"
         text = (f"task {trainer.task + 1}/{self.tasks}{later} epoch {trainer.epoch + 1}/"
                 f"{trainer.run.num_epochs}: loss {averages['loss']:.3f}, "
                 f"accuracy {averages['train_accuracy']:.1f} %, "
-                f"{averages['images_per_second']:.0f} images/s, " + (
-                    "the last stage" if later and done == 1 else
-                    f"{datetime.timedelta(seconds=round(left))} left"))
+                f"{averages['images_per_second']:.0f} images/s, {ending}")
         if self.bar:
             self.bar.n = done
             self.bar.set_description_str(text)

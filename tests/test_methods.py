@@ -1082,9 +1082,7 @@ def test_the_ridge_is_the_joint_solution_for_every_order_of_the_classes(flags):
     that is chosen, too."""
     found = []
     for order, increments in ORDERS:
-        trainer, images = learn_frozen(order, increments, "--head=ridge")
-        if flags:
-            trainer, images = learn_frozen(order, increments, "--head=ridge", *flags)
+        trainer, images = learn_frozen(order, increments, "--head=ridge", *flags)
         H, Y = h_of(trainer, images), np.eye(10)[images.y]
         ridge = trainer.run.results["ridges"][-1] * (H ** 2).sum(axis=0).mean()
         expected = np.linalg.solve(H.T @ H + ridge * np.eye(H.shape[1]), H.T @ Y).T

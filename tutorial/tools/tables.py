@@ -278,15 +278,18 @@ def runs():
     return table(["group", "command", "seeds", "minutes", "trainer"], rows, left=3)
 
 
+# Every method on the digits: label, command, name of the group.
+METHODS = [("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.methods.icarl", "icarl"),
+           ("LUCIR", "-m tutorial.methods.lucir", "lucir"), ("PODNet", "-m tutorial.methods.podnet", "podnet"),
+           ("LUCIR + AANets", "-m tutorial.methods.aanets", "aanets_lucir"),
+           ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"),
+           ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"), ("DER", "-m tutorial.methods.der", "der"),
+           ("frozen backbone, ridge", "-m tutorial.methods.frozen --adapt --head ridge", "frozen_ridge")]
+
+
 def methods():
     """Every method on the digits; iCaRL has two answers."""
-    rows = [summary((label, f"`{command}`"), load(f"digits_{name}")) for label, command, name in (
-        ("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.methods.icarl", "icarl"),
-        ("LUCIR", "-m tutorial.methods.lucir", "lucir"), ("PODNet", "-m tutorial.methods.podnet", "podnet"),
-        ("LUCIR + AANets", "-m tutorial.methods.aanets", "aanets_lucir"),
-        ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"), ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"),
-        ("DER", "-m tutorial.methods.der", "der"),
-        ("frozen backbone, ridge", "-m tutorial.methods.frozen --adapt --head ridge", "frozen_ridge"))]
+    rows = [summary((label, f"`{command}`"), load(f"digits_{name}")) for label, command, name in METHODS]
     found = [run["network_acc1s"] for run in load("digits_icarl")]
     rows.insert(2, ["iCaRL, the network's own answer", "the same runs", mean_std(np.mean(found, axis=1)),
                     mean_std([accuracies[-1] for accuracies in found]), ""])
@@ -308,10 +311,8 @@ def icarl_by_seed():
     runs = load("digits_icarl")
     network = [run | {"average_incremental_accuracy": np.mean(run["network_acc1s"]),
                       "last_accuracy": run["network_acc1s"][-1]} for run in runs]
-    rows = [(f"{label} minus WA", load(f"digits_{name}"), load("digits_wa")) for label, name in (
-        ("iCaRL", "icarl"), ("LUCIR", "lucir"), ("PODNet", "podnet"), ("LUCIR + AANets", "aanets_lucir"),
-        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base,", "itaml_paper"), ("DER", "der"),
-        ("frozen backbone, ridge,", "frozen_ridge"))]
+    rows = [(f"{label}{',' * (',' in label)} minus WA", load(f"digits_{name}"), load("digits_wa"))
+            for label, _, name in METHODS[1:]]
     text = differences([*rows, ("iCaRL: nearest mean minus network", runs, network)])
     return text[:text.rindex("|", 0, -1)] + "|  |"  # (the network's own forgetting is not recorded)
 
@@ -525,9 +526,8 @@ def inference():
     """Every method on the digits: is the task found, and the class within it? From the last confusion
     matrix, so that it holds for every run."""
     rows = []
-    for label, name in (("finetune", "finetune"), ("replay", "replay"), ("WA", "wa"), ("iCaRL", "icarl"),
-                        ("LUCIR", "lucir"), ("PODNet", "podnet"), ("LUCIR + AANets", "aanets_lucir"),
-                        ("BAL_FT", "bal_ft_all_fixed"), ("iTAML, base", "itaml_paper"), ("DER", "der")):
+    # (Not of the frozen backbone, which has no memory.)
+    for label, _, name in [("finetune", "", "finetune"), ("replay", "", "replay"), *METHODS[:-1]]:
         runs, shares = load(f"digits_{name}"), []
         for run in runs:
             task = np.repeat(np.arange(len(run["increments"])), run["increments"])
@@ -626,15 +626,13 @@ def frozen_by_seed():
 
 def frozen_when():
     """Protocol by protocol, what each way costs and gives. Seconds of one run, the median."""
+    ways = [way for label, name, wa in FROZEN_PROTOCOLS
+            for way in ((label, "freeze", "none", name), (label, "train (WA)", "30", wa))]
     rows = []
-    for label, frozen_group, wa in [*FROZEN_PROTOCOLS, ("4 + 2 + 2 + 2", "frozen_untrained", "")]:
-        for group, what, kept in ((frozen_group, "freeze", "none"), (wa, "train (WA)", "30")):
-            runs = load(f"digits_{group}")
-            if group == "frozen_untrained":
-                label, what = "none: the network is not trained", "freeze at once"
-            if runs:
-                rows.append([label, what, kept, f"{np.median([run['seconds'] for run in runs]):.0f}",
-                             *(mean_std([run[key] for run in runs]) for key, _ in SUMMARY[:2])])
+    for *way, name in [*ways, ("none: the network is not trained", "freeze at once", "none", "frozen_untrained")]:
+        runs = load(f"digits_{name}")
+        rows.append([*way, f"{np.median([run['seconds'] for run in runs]):.0f}",
+                     *(mean_std([run[key] for run in runs]) for key, _ in SUMMARY[:2])])
     return table(["classes: the first task, then the others", "what", "images kept", "seconds",
                   "average (%)", "last (%)"], rows, left=3)
 
