@@ -27,22 +27,16 @@ from pathlib import Path
 
 import filelock
 import numpy as np
-import timm
-import timm.data
-import timm.layers
-import timm.utils
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from timm.utils.distributed import world_info_from_env
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-import resnet  # noqa: F401  (importing it makes resnet20 ... resnet56 known to timm)
+# timm, torchvision and continuum take seconds to import: the functions that need them do it, after
+# the command line has been read. So a wrong flag is answered sooner.
 
 # ---------------------------------------------------------------------------------------------
 # 1. Command line and presets
@@ -79,7 +73,7 @@ STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), True),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), True),
 }
-IMAGENET_STATISTICS = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD, True)
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True)
 # The data sets that torchvision can download, by their names in continuum.
 PACKAGES = dict(cifar100="CIFAR100", cifar10="CIFAR10", mnist="MNIST", svhn="SVHN",
                 fashion_mnist="FashionMNIST")
@@ -89,13 +83,24 @@ class InputError(Exception):
     """The user gave something unusable; the text says what is wrong and what to do."""
 
 
+def launched_as():
+    """(rank on this machine, rank, number of processes), as torchrun, SLURM or Open MPI say."""
+    for local_rank, rank, world_size in (
+            ("LOCAL_RANK", "RANK", "WORLD_SIZE"),
+            ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_NTASKS"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        if rank in os.environ and world_size in os.environ:
+            return tuple(int(os.environ.get(name, 0)) for name in (local_rank, rank, world_size))
+    return 0, 0, 1
+
+
 def fail(message, everywhere=True):
     """End with one line on stderr and exit code 2; torchrun adds its own report.
 
     Bad input is bad on every rank, and rank 0 speaks for all. everywhere=False: only this rank has
     seen it. The others notice that it left, and leave the word to it (`report_unless_left`).
     """
-    rank, joined = world_info_from_env()[1], dist.is_initialized()
+    rank, joined = launched_as()[1], dist.is_initialized()
     if rank == 0 or not everywhere:
         tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
         sys.stderr.flush()
@@ -239,7 +244,7 @@ def end_at_signals():
         with ours, theirs:
             while (number := ours.recv(1)[0]) not in ends:
                 pass  # of a loading process that ended, for DataLoader
-        _, rank, world_size = world_info_from_env()
+        _, rank, world_size = launched_as()
         # torchrun sends SIGTERM also when another process has failed, which has said why.
         if rank == 0 and (saved or world_size == 1 or number == signal.SIGINT):
             name = signal.Signals(number).name
@@ -282,12 +287,15 @@ def setup(args):
     `world_size`, `distributed` (timm's names), `device` as a torch device, and `config`, the flags
     that a checkpoint and results.json remember. With CUDA a process has a GPU of its own.
     """
+    import timm
+
+    import resnet  # noqa: F401  (importing it makes resnet20 ... resnet56 known to timm)
     args = fill_in(args)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
     if args.num_workers is None:  # tiny images cost less to load than to pass between processes
         args.num_workers = available_cores() // here if args.input_size > 16 else 0
     args.config = dict(vars(args))
-    args.local_rank, args.rank, args.world_size = world_info_from_env()
+    args.local_rank, args.rank, args.world_size = launched_as()
     args.distributed = args.world_size > 1
     if args.batch_size % args.world_size:
         fail(f"--batch_size {args.batch_size} counts the images of all processes together and "
@@ -352,12 +360,19 @@ def report_unless_left(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def seed_all(number):
+    """Seed the generators of python, numpy and torch, on all devices."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
 def set_seed(args, *numbers, rank=0):
     """Seed python, numpy and torch from --seed and numbers such as (task, stage, epoch), and apart
     by rank; return the number drawn from them. So no generator's state needs to be saved."""
     sequence = np.random.SeedSequence([1 + len(numbers), args.seed, *numbers])
     drawn = int(sequence.generate_state(1)[0]) >> 1
-    timm.utils.random_seed(drawn, rank)
+    seed_all(drawn + rank)
     return drawn
 
 
@@ -446,6 +461,7 @@ def load_folder(args):
 
     Class numbers follow the sorted folder names. Raises InputError.
     """
+    from torchvision.datasets import ImageFolder
     root, splits, classes = Path(args.data_path), [], []
     for names in (["train"], ["test", "val"]):
         folders = [root / name for name in names if (root / name).is_dir()]
@@ -514,6 +530,7 @@ def open_image(source):
 def read(sources, fits, args):
     """Images scaled and cut to squares of --input_size: (n, S, S, 3) uint8. If they do not fit into
     memory: only a look whether each file is an image. Raises InputError."""
+    from torchvision import transforms
     size = args.input_size
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
     pixels = torch.zeros(len(sources) * fits, size, size, 3, dtype=torch.uint8)
@@ -648,6 +665,8 @@ def build_transform(args, train):
     place is taken by a shift of up to 1/8 of the side (the usual padding of 4 for 32 pixels);
     --crop zoom brings it back, out of the padded image.
     """
+    import timm.data
+    from torchvision import transforms
     mean, std, flip = get_statistics(args)
     transform = timm.data.create_transform(
         args.input_size, is_training=train, hflip=0.5 * flip, mean=mean, std=std,
@@ -671,7 +690,7 @@ def try_transform(args, times=3000):
     """Augment a tiny image many times: Pillow 13 refuses what some strings of --aa ask for now and
     then (to keep 0 bits of a picture), and that shall not come up after hours."""
     steps, image = build_transform(args, train=True).transforms, Image.new("RGB", (8, 8))
-    timm.utils.random_seed(0)
+    seed_all(0)
     for step in steps:
         for _ in range(times * (type(step).__module__ == "timm.data.auto_augment")):
             step(image)
@@ -893,6 +912,9 @@ def autocast(args):
 
 def make_backbone(args):
     """A timm model without head: images -> features (batch, num_features). Raises InputError."""
+    import timm
+
+    import resnet  # noqa: F401  (as above, for those who use a model without `setup`)
     options = dict(num_classes=0, pretrained=args.pretrained)
     try:
         try:  # transformers must know the size of their images; convolutional networks need not
@@ -916,9 +938,10 @@ def create_backbone(args):
     On several GPUs BatchNorm takes its statistics over the global batch (SyncBatchNorm). torch
     has no such layer for the CPU: there each process normalises its own part of the batch.
     """
+    from timm.layers import convert_sync_batchnorm
     backbone = together(lambda: make_backbone(args), args)  # a download may fail on one machine
     if args.distributed and args.device.type == "cuda" and args.sync_bn:
-        backbone = timm.layers.convert_sync_batchnorm(backbone)
+        backbone = convert_sync_batchnorm(backbone)
     backbone = backbone.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         compile_backbone(backbone, args)
@@ -1234,6 +1257,7 @@ class Run:
         args = self.args = trainer.args
         self.scenario, self.test_scenario = scenario, test_scenario
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+        import timm
         method = type(trainer).__name__
         if method == "CilTrainer":  # WA itself, or a copy of template.py, which goes by its name
             file = Path(inspect.getfile(type(trainer))).stem

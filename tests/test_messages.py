@@ -297,6 +297,28 @@ def get_parser(name):
     return __import__(f"tutorial.methods.{name}", fromlist=["x"]).get_parser()
 
 
+def test_a_wrong_flag_is_answered_before_the_slow_imports():
+    code = ("import runpy, sys; sys.argv = ['template.py', '--lamda', '1']\n"
+            "try: runpy.run_path('template.py', run_name='__main__')\n"
+            "except SystemExit as end: assert end.code == 2\n"
+            "print(sys.modules.keys() & {'torch', 'timm', 'torchvision', 'continuum'})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "{'torch'}\n" and "unrecognized arguments: --lamda 1" in done.stderr
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({}, (0, 0, 1)),
+    (dict(LOCAL_RANK=1, RANK=3, WORLD_SIZE=4, SLURM_PROCID=0, SLURM_NTASKS=2), (1, 3, 4)),
+    (dict(RANK=1, WORLD_SIZE=2), (0, 1, 2)),
+    (dict(SLURM_LOCALID=2, SLURM_PROCID=6, SLURM_NTASKS=8), (2, 6, 8)),
+    (dict(SLURM_NTASKS=8), (0, 0, 1)),  # inside an allocation, but not started by srun
+    (dict(OMPI_COMM_WORLD_LOCAL_RANK=0, OMPI_COMM_WORLD_RANK=2, OMPI_COMM_WORLD_SIZE=4), (0, 2, 4)),
+])
+def test_what_the_launch_says(monkeypatch, variables, expected):
+    monkeypatch.setattr(os, "environ", {name: str(value) for name, value in variables.items()})
+    assert utils.launched_as() == expected
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_help_shows_the_defaults_of_every_data_set(name):
     parser = get_parser(name)
