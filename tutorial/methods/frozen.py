@@ -86,7 +86,7 @@ class Frozen(CilTrainer):
     def update_memory(self, new_data):
         """Add the new images to the sums; no image is kept. sums[0], of most images, is [G, C] =
         [H^T H, H^T Y]: the rows of H are their h(x), those of Y one-hot. sums[1] is the same of
-        each fifth image, which choose_ridge needs."""
+        every fifth image, which choose_ridge needs."""
         self.sums = F.pad(self.sums, (0, self.nb_new))  # (2, width, width + known + new)
         # (n, embed_dim): each rank computes a share, then all have all of them, the same bits.
         features = utils.for_all_images(self.model.eval().backbone, new_data, self.args)
@@ -117,7 +117,7 @@ def get_parser():
     add("--adapt", action="store_true", help="train the network on the first task")
     add("--head", default="means", choices=["means", "ridge"], help="nearest class mean (means)")
     add("--projection", type=utils.number(0, kind=int), help="random features for the ridge, or 0")
-    add("--ridge", type=utils.number(1e-8, 1e8), help="fixed (chosen on each fifth image)")
+    add("--ridge", type=utils.number(1e-8, 1e8), help="fixed (chosen on every fifth image)")
     parser.set_defaults(no_align=True, presets={
         "all": dict(memory_size=0, projection=10000), "digits": dict(projection=1000)})
     return parser

@@ -671,8 +671,8 @@ def draw_frozen():
     axes.text(0.65, 4.55, "each image\nonce", ha="center", va="center")
     box(axes, 0.9, 3.4, 3.2, 0.5, "backbone $\\phi(x)$, frozen", GREY, 11)
     box(axes, 0.9, 2.55, 3.2, 0.5, "$h = $ relu$(\\phi R)$, drawn once", GREY, 11)
-    box(axes, 0.2, 1.35, 2.2, 0.85, "$G$ += $h\\,h^T$\nfeatures × features", GREEN)
-    box(axes, 2.6, 1.35, 2.2, 0.85, "$C$ += $h\\,y^T$\nfeatures × classes", GREEN)
+    box(axes, 0.2, 1.35, 2.2, 0.85, "$G$ += $h^T h$\nfeatures × features", GREEN)
+    box(axes, 2.6, 1.35, 2.2, 0.85, "$C$ += $h^T y$\nfeatures × classes", GREEN)
     box(axes, 0.9, 0.4, 3.2, 0.6, "all heads: $(G + \\lambda g I)^{-1} C$\nsolved anew", ORANGE)
     for start, end in (((2.5, 4.2), (2.5, 3.95)), ((2.5, 3.35), (2.5, 3.1)),
                        ((1.9, 2.5), (1.3, 2.25)), ((3.1, 2.5), (3.7, 2.25)),

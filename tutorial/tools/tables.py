@@ -595,9 +595,9 @@ def der():
 
 def der_published():
     rows = measured("published")["der"]
-    return table(["CIFAR-100", "backbone", "pruned", "average (%)", "source"], [
-        [row["protocol"], row["backbone"], row["pruned"], f"{row['average']:.1f}", row["source"]] for row in rows],
-        left=3)
+    return table(["CIFAR-100", "backbone", "pruned", "source", "average (%)", "last (%)"], [
+        [row["protocol"], row["backbone"], row["pruned"], row["source"], f"{row['average']:.1f}",
+         f"{row['last']:.1f}" if "last" in row else ""] for row in rows], left=4)
 
 
 # A frozen backbone on the digits: name of the group, label, flags.
