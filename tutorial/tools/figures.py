@@ -173,6 +173,25 @@ def draw_norms():
     return figure
 
 
+def draw_border():
+    """Accuracy on old and new classes for other factors in the place of γ, and γ itself."""
+    figure, panels = new_figure(3.3, columns=3, sharey=True)
+    for axes, run, title in zip(panels, ("digits_wa", "validation_dynamic", "validation_survey"), (
+            "digits,\nλ = 0.4", "CIFAR-100,\ndynamic λ", "CIFAR-100,\nCE + 2 KD")):
+        found = measured(f"border_{run}_seed0")
+        for key, colour, label in (("old", BLUE, "old classes"), ("new", ORANGE, "new classes"),
+                                   ("all", "black", "all")):
+            axes.plot([row["factor"] for row in found["rows"]],
+                      [row[key] for row in found["rows"]], color=colour, label=label)
+        axes.axvline(found["gamma"], color=GREEN, ls="--", label="γ of WA")
+        axes.set(title=title, ylim=(0, 102), xlim=(0.3, 1.5), xticks=(0.5, 1, 1.5))
+    panels[0].set(ylabel="test accuracy (%)")
+    panels[1].set(xlabel="factor of the new prototypes (1: no alignment)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  columnspacing=1, handlelength=1.5)
+    return figure
+
+
 def draw_temperature():
     """One teacher's answer, softened."""
     logits = np.array([6.0, 4.0, 1.0, 0.0])
@@ -735,7 +754,7 @@ def draw_transforms(data_path):
 
 
 PICTURES = [draw_digits, draw_cifar100, draw_cifar100_methods, draw_forgetting, draw_confusion,
-            draw_exemplars, draw_norms, draw_temperature, draw_speed, draw_stages, draw_loop,
+            draw_exemplars, draw_norms, draw_border, draw_temperature, draw_speed, draw_stages, draw_loop,
             draw_model, draw_teacher, draw_prototypes, draw_ddp, draw_icarl, draw_lucir,
             draw_podnet, draw_aanets, draw_alphas, draw_cross_task_loss, draw_cross_task,
             draw_cross_task_cifar100, draw_itaml, draw_continuum, draw_alta, draw_alta_digits,

@@ -1,6 +1,7 @@
 """The measurements behind the chapters that no plain run makes. Each writes one file of results/.
 
     python -m tutorial.tools.measure norms RUN       # chapter 8: prototypes before and after alignment
+    python -m tutorial.tools.measure border RUN      # chapter 8: other factors in the place of gamma
     python -m tutorial.tools.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
     python -m tutorial.tools.measure ranks RUN       # chapter 11: what each rank would choose alone
     python -m tutorial.tools.measure speed           # chapter 12: where the time goes (CPU, minutes)
@@ -41,13 +42,13 @@ def write(name, content):
 
 
 def load_run(mine):
-    """The arguments, results and trained model of a finished run, and its training scenario."""
+    """The arguments, results and trained model of a run, and its scenarios, train and test."""
     results = json.loads((mine.run / "results.json").read_text())
     args = argparse.Namespace(**results["args"])
     args.data_path, args.device = mine.data_path or args.data_path, "cpu"
     args = utils.setup(args)
     model, _, _ = load(mine.run / "model.pt")
-    return args, results, model, utils.build_scenarios(args)[0]
+    return args, results, model, utils.build_scenarios(args)
 
 
 def norms(mine):
@@ -60,10 +61,42 @@ def norms(mine):
                                      "nb_new": nb_new, "before": before, "after": after})
 
 
+def border(mine):
+    """Test accuracy after the last task of a run of WA (--stop_after_task makes any task the last)
+    if the new prototypes were as training left them, times a factor of one's choice. The file goes
+    by the name of RUN, as reproduce.py names it."""
+    args, results, model, (_, test) = load_run(mine)
+    heads, gamma = model.fc.heads, results["gammas"][-1]
+    images = [test.images(task) for task in range(len(heads))]
+    features = torch.cat([utils.extract_features(model, data, args) for data in images])
+    labels = torch.cat([torch.from_numpy(data.y) for data in images])
+    known = sum(len(head.bias) for head in heads[:-1])
+    old = labels < known
+    weights = torch.cat([head.weight for head in heads])
+    weights[known:] /= gamma  # before alignment
+    biases = torch.cat([head.bias for head in heads])
+    # The new logits without their bias: what the factor multiplies.
+    products = features @ weights.T
+    rows = []
+    for factor in np.arange(30, 151, 5) / 100:
+        logits = products * torch.where(torch.arange(len(biases)) < known, 1, factor) + biases
+        right = (logits.argmax(1) == labels).double() * 100
+        rows.append({"factor": factor, "old": right[old].mean().item(),
+                     "new": right[~old].mean().item(), "all": right.mean().item()})
+    write(f"border_{mine.run.name}", {
+        "data_set": args.data_set, "epochs": args.num_epochs, "task": len(heads), "gamma": gamma,
+        "rows": rows,
+        "logits_of_old_images": {  # their means, and what they are made of
+            "old_products": products[old][:, :known].mean().item(),
+            "new_products": products[old][:, known:].mean().item(),
+            "old_biases": biases[:known].mean().item(),
+            "new_biases": biases[known:].mean().item()}})
+
+
 def exemplars(mine, draws=200):
     """How close the mean of m exemplars comes to the class mean, for the first class learned, and
     a flat picture (PCA) of its features with the first ten choices of herding."""
-    args, results, model, scenario = load_run(mine)
+    args, results, model, (scenario, _) = load_run(mine)
     images = scenario.images(0)
     images = images.select(np.flatnonzero(images.y == 0))
     raw = utils.extract_features(model, images, args)
@@ -93,7 +126,7 @@ def exemplars(mine, draws=200):
 def ranks(mine, m=20, processes=8):
     """The naive way: every rank herds from features of its own augmented images. One process
     plays all ranks, which differ in the seeds of their augmentations alone."""
-    args, results, model, scenario = load_run(mine)
+    args, results, model, (scenario, _) = load_run(mine)
     new_data, rows = scenario.images(len(results["increments"]) - 1), []
     for aa in sorted({"none", args.aa, "rand-m9-mstd0.5-inc1-mmax9"}):
         args.aa = aa
@@ -267,13 +300,13 @@ def alta(mine, rounds=3):
 
 
 def main():
-    measures = {f.__name__: f for f in (norms, exemplars, ranks, speed, alta)}
+    measures = {f.__name__: f for f in (norms, border, exemplars, ranks, speed, alta)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=measures)
     parser.add_argument("run", nargs="?", type=Path, help="output directory of a finished run")
     parser.add_argument("--data_path", help="where the data of that run lie now")
     mine = parser.parse_args()
-    if mine.what in ("norms", "exemplars", "ranks") and mine.run is None:
+    if mine.what in ("norms", "border", "exemplars", "ranks") and mine.run is None:
         parser.error(f"{mine.what} needs the output directory of a finished run")
     measures[mine.what](mine)
 

@@ -31,6 +31,8 @@ RUNS = Path("runs/reproduce")
 
 TEN, ONE = range(10), range(1)
 CIFAR = "--data_set cifar100 --amp bf16"
+SIXTY = f"{CIFAR} --aa none --num_epochs 60"
+HELD_OUT = f"{CIFAR} --aa none --num_epochs 20 --stop_after_task"
 TINY = "--lr 0.002 --visual tiny"
 EVEN = "--num_bases 5 --increment 5 --class_order tutorial/results/even_first.txt"
 # The groups of runs: name -> (program, flags, seeds). A program is template.py, a file of
@@ -50,6 +52,10 @@ GROUPS = {
     "cifar100_der": ("der", f"{CIFAR} --aa none --num_epochs 20", ONE),
     "cifar100_finetune": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --memory_size 0 "
                           "--lambda_kd 0 --no_align", ONE),
+    "cifar100_first_60": ("template.py", f"{SIXTY} --stop_after_task 1", ONE),
+    "cifar100_frozen_bare_60": ("frozen", f"{SIXTY} --adapt --head ridge --projection 0", ONE),
+    "cifar100_frozen_means_60": ("frozen", f"{SIXTY} --adapt", ONE),
+    "cifar100_frozen_ridge_60": ("frozen", f"{SIXTY} --adapt --head ridge", ONE),
     "cifar100_icarl": ("icarl", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_itaml": ("itaml", f"{CIFAR} --backbone resnet32 --num_epochs 5", ONE),
     "cifar100_lucir": ("lucir", f"{CIFAR} --num_epochs 20", ONE),
@@ -130,9 +136,20 @@ GROUPS = {
     "digits_replay_kd": ("template.py", "--no_align", TEN),
     "digits_t2": ("wa_variants", "--variant t_squared", TEN),
     "digits_tiny": ("tiny.py", "--backbone tinynet", TEN),
+    "digits_unscaled_dynamic": (
+        "wa_variants", "--variant unscaled --lambda_kd dynamic", TEN),
     "digits_wa": ("template.py", "", TEN),
     "digits_wa_even": ("template.py", EVEN, TEN),
     "digits_wa_one": ("template.py", "--increment 1", TEN),
+    "validation_05": ("template.py", f"{HELD_OUT} 2 --lambda_kd 0.5", ONE),
+    "validation_067": ("template.py", f"{HELD_OUT} 3 --lambda_kd 0.67", ONE),
+    "validation_dynamic": ("template.py", f"{HELD_OUT} 3 --lambda_kd dynamic", ONE),
+    "validation_replay_align": ("template.py", f"{HELD_OUT} 2 --lambda_kd 0", ONE),
+    "validation_survey": ("wa_variants", f"{HELD_OUT} 3 --variant survey", ONE),
+    "validation_unscaled_05": (
+        "wa_variants", f"{HELD_OUT} 2 --variant unscaled --lambda_kd 0.5", ONE),
+    "validation_unscaled_dynamic": (
+        "wa_variants", f"{HELD_OUT} 2 --variant unscaled --lambda_kd dynamic", ONE),
 }
 # The changed templates: template.py with the changes of this section of chapter 13.
 CHANGED = {"balanced.py": "### 1.", "hardest.py": "### 2.", "tiny.py": "### 3."}
@@ -272,6 +289,11 @@ def child(program, arguments, folder, output):
         runpy.run_module(program, run_name="__main__")
 
 
+def data_path(name, given):
+    """The groups validation_* are tested on a part of the training images (tools/hold_out.py)."""
+    return f"{given.data_path}_val" if name.startswith("validation_") else given.data_path
+
+
 def start(name, seed, given, copies):
     """Start, or continue, a run; returns its process."""
     program, flags, _ = GROUPS[name]
@@ -280,7 +302,7 @@ def start(name, seed, given, copies):
     else:
         program = f"tutorial.methods.{program}"
     arguments = [*flags.split(), f"--seed={seed}", f"--output_dir={RUNS}/{name}_seed{seed}",
-                 "--resume", "--no_plots", f"--data_path={given.data_path}",
+                 "--resume", "--no_plots", f"--data_path={data_path(name, given)}",
                  f"--device={given.device}"]
     output = RUNS / f"{name}_seed{seed}.txt"
     output.write_text("")
@@ -294,7 +316,9 @@ def result(name, seed):
     """What a finished run left; None before its end."""
     file = RUNS / f"{name}_seed{seed}/results.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    return found if found.get("finished") else None
+    last = re.search(r"--stop_after_task (\d+)", GROUPS[name][1])  # some groups go no further
+    whole = found.get("finished") or last and len(found.get("acc1s", [])) == int(last[1])
+    return found if whole else None
 
 
 def settle(name, seed, given):
@@ -347,7 +371,8 @@ def parse():
     parser.add_argument("names", nargs="*", help="groups, or patterns such as 'digits_*'")
     parser.add_argument("--seeds", nargs="+", type=int, help="(all of the group)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
-    parser.add_argument("--data_path", default="data", help="folder with CIFAR-100 (data)")
+    parser.add_argument("--data_path", default="data", help="folder with CIFAR-100 (data); "
+                        "validation_* read FOLDER_val, which tutorial.tools.hold_out makes")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"],
                         help="(cpu, as recorded)")
     parser.add_argument("--record", action="store_true", help="replace the recorded runs")

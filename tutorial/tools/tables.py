@@ -180,7 +180,9 @@ def distillation():
         ("no KD", "--lambda_kd 0", "digits_replay_align"),
         ("λ = 0.4", "", "digits_wa"),
         ("λ = 0.4, times T² = 4", "--variant t_squared", "digits_t2"),
-        ("dynamic λ", "--lambda_kd dynamic", "digits_dynamic")], ("distillation", "flags"))
+        ("dynamic λ", "--lambda_kd dynamic", "digits_dynamic"),
+        ("dynamic λ, divided by 1 - λ", "--variant unscaled --lambda_kd dynamic", "digits_unscaled_dynamic")],
+        ("distillation", "flags"))
 
 
 def clipping():
@@ -209,6 +211,23 @@ def cifar100():
             rows.append([f"γ of {label.split(':')[0]}", "", *[f"{g:.2f}" for g in run["gammas"]], ""])
     classes = np.cumsum(runs[0][1]["increments"])
     return table(["method", *[f"{n} classes" for n in classes], "average"], rows)
+
+
+def validation():
+    """CIFAR-100 with other weights of the distillation, on held-out training images."""
+    rows = []
+    for label, name in (("CE, no KD", "replay_align"), ("0.5 CE + 0.5 KD", "05"), ("0.33 CE + 0.67 KD", "067"),
+                        ("dynamic λ: 0.17 CE + 0.83 KD", "dynamic"),
+                        ("CE + KD", "unscaled_05"), ("CE + 2 KD", "survey"),
+                        ("dynamic λ, divided: CE + 5 KD", "unscaled_dynamic")):
+        for run in load(f"validation_{name}"):
+            old, new = run["accuracy_matrix"][1]
+            third = len(run["acc1s"]) > 2  # some stop after the second task
+            rows.append([label, f"{run['acc1s'][1]:.1f}", f"{run['gammas'][0]:.2f}", f"{old:.1f}", f"{new:.1f}",
+                         f"{run['task_aware_matrix'][1][0]:.1f}", f"{run['acc1s'][2]:.1f}" if third else "",
+                         f"{run['gammas'][1]:.2f}" if third else ""])
+    return table(["loss", "60 classes", "γ", "old classes", "new classes", "old classes, task told", "70 classes",
+                  "γ"], rows)
 
 
 def matrix():
@@ -637,6 +656,20 @@ def frozen_when():
                   "average (%)", "last (%)"], rows, left=3)
 
 
+def frozen_cifar100():
+    """CIFAR-100 with a network that was trained on the first 50 classes, for 60 epochs. The first task's training
+    was done once: its minutes are in a row of their own."""
+    first = load("cifar100_first_60")[0]
+    rows = [["the first task's training", f"{first['seconds'] / 60:.0f}", f"{first['acc1s'][0]:.1f}"] + [""] * 6]
+    for label, name in (("class means", "means"), ("ridge, no random layer", "bare"),
+                        ("ridge on random features", "ridge")):
+        for run in load(f"cifar100_frozen_{name}_60"):
+            rows.append([label, f"{(run['seconds'] - first['seconds']) / 60:.0f}",
+                         *(f"{a:.1f}" for a in (*run["acc1s"], run["average_incremental_accuracy"]))])
+    classes = np.cumsum(load("cifar100_frozen_means_60")[0]["increments"])
+    return table(["CIFAR-100", "minutes", *(f"{n} classes" for n in classes), "average"], rows)
+
+
 def frozen_published():
     rows = measured("published")["frozen"]
     return table(["CIFAR-100", "backbone", "trained on", "source", "last (%)"], [
@@ -710,13 +743,13 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    loop, settings, digits, orders, orders_by_seed, cifar100, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
+    loop, settings, digits, orders, orders_by_seed, cifar100, validation, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
     awareness_cifar100, compared,
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
     cross_task_by_seed, cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100, cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100,
     itaml_published, alta, ideas_by_seed, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed, der_by_seed, alta_speed, der, der_published,
-    frozen, frozen_by_seed, frozen_when, frozen_published)}
+    frozen, frozen_by_seed, frozen_when, frozen_cifar100, frozen_published)}
 
 
 def value(name, key):
