@@ -84,10 +84,11 @@ class InputError(Exception):
 
 
 def launched_as():
-    """(rank on this machine, rank, number of processes), as torchrun, SLURM or Open MPI say."""
+    """(rank on this machine, rank, number of processes), as torchrun, SLURM or MPI say."""
     for local_rank, rank, world_size in (
             ("LOCAL_RANK", "RANK", "WORLD_SIZE"),
             ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_NTASKS"),
+            ("MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE"),
             ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
         if rank in os.environ and world_size in os.environ:
             return tuple(int(os.environ.get(name, 0)) for name in (local_rank, rank, world_size))
@@ -360,19 +361,13 @@ def report_unless_left(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def seed_all(number):
-    """Seed the generators of python, numpy and torch, on all devices."""
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
-
-
 def set_seed(args, *numbers, rank=0):
     """Seed python, numpy and torch from --seed and numbers such as (task, stage, epoch), and apart
     by rank; return the number drawn from them. So no generator's state needs to be saved."""
+    import timm.utils
     sequence = np.random.SeedSequence([1 + len(numbers), args.seed, *numbers])
     drawn = int(sequence.generate_state(1)[0]) >> 1
-    seed_all(drawn + rank)
+    timm.utils.random_seed(drawn, rank)
     return drawn
 
 
@@ -689,8 +684,9 @@ def build_transform(args, train):
 def try_transform(args, times=3000):
     """Augment a tiny image many times: Pillow 13 refuses what some strings of --aa ask for now and
     then (to keep 0 bits of a picture), and that shall not come up after hours."""
+    import timm.utils
     steps, image = build_transform(args, train=True).transforms, Image.new("RGB", (8, 8))
-    seed_all(0)
+    timm.utils.random_seed(0)
     for step in steps:
         for _ in range(times * (type(step).__module__ == "timm.data.auto_augment")):
             step(image)
@@ -938,9 +934,9 @@ def create_backbone(args):
     On several GPUs BatchNorm takes its statistics over the global batch (SyncBatchNorm). torch
     has no such layer for the CPU: there each process normalises its own part of the batch.
     """
-    from timm.layers import convert_sync_batchnorm
     backbone = together(lambda: make_backbone(args), args)  # a download may fail on one machine
     if args.distributed and args.device.type == "cuda" and args.sync_bn:
+        from timm.layers import convert_sync_batchnorm
         backbone = convert_sync_batchnorm(backbone)
     backbone = backbone.to(args.device, memory_format=torch.channels_last)
     if args.compile:
@@ -1253,11 +1249,11 @@ class Run:
     """
 
     def __init__(self, trainer, scenario, test_scenario):
+        import timm
         global saved
         args = self.args = trainer.args
         self.scenario, self.test_scenario = scenario, test_scenario
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-        import timm
         method = type(trainer).__name__
         if method == "CilTrainer":  # WA itself, or a copy of template.py, which goes by its name
             file = Path(inspect.getfile(type(trainer))).stem

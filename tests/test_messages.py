@@ -312,6 +312,7 @@ def test_a_wrong_flag_is_answered_before_the_slow_imports():
     (dict(RANK=1, WORLD_SIZE=2), (0, 1, 2)),
     (dict(SLURM_LOCALID=2, SLURM_PROCID=6, SLURM_NTASKS=8), (2, 6, 8)),
     (dict(SLURM_NTASKS=8), (0, 0, 1)),  # inside an allocation, but not started by srun
+    (dict(MPI_LOCALRANKID=1, PMI_RANK=3, PMI_SIZE=4), (1, 3, 4)),
     (dict(OMPI_COMM_WORLD_LOCAL_RANK=0, OMPI_COMM_WORLD_RANK=2, OMPI_COMM_WORLD_SIZE=4), (0, 2, 4)),
 ])
 def test_what_the_launch_says(monkeypatch, variables, expected):

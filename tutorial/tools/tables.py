@@ -220,12 +220,12 @@ def validation():
                         ("dynamic λ: 0.17 CE + 0.83 KD", "dynamic"),
                         ("CE + KD", "unscaled_05"), ("CE + 2 KD", "survey"),
                         ("dynamic λ, divided: CE + 5 KD", "unscaled_dynamic")):
-        for run in load(f"validation_{name}"):
-            old, new = run["accuracy_matrix"][1]
-            third = len(run["acc1s"]) > 2  # some stop after the second task
-            rows.append([label, f"{run['acc1s'][1]:.1f}", f"{run['gammas'][0]:.2f}", f"{old:.1f}", f"{new:.1f}",
-                         f"{run['task_aware_matrix'][1][0]:.1f}", f"{run['acc1s'][2]:.1f}" if third else "",
-                         f"{run['gammas'][1]:.2f}" if third else ""])
+        run = load(f"validation_{name}")[0]
+        old, new = run["accuracy_matrix"][1]
+        third = len(run["acc1s"]) > 2  # some stop after the second task
+        rows.append([label, f"{run['acc1s'][1]:.1f}", f"{run['gammas'][0]:.2f}", f"{old:.1f}", f"{new:.1f}",
+                     f"{run['task_aware_matrix'][1][0]:.1f}", f"{run['acc1s'][2]:.1f}" if third else "",
+                     f"{run['gammas'][1]:.2f}" if third else ""])
     return table(["loss", "60 classes", "γ", "old classes", "new classes", "old classes, task told", "70 classes",
                   "γ"], rows)
 
@@ -663,10 +663,10 @@ def frozen_cifar100():
     rows = [["the first task's training", f"{first['seconds'] / 60:.0f}", f"{first['acc1s'][0]:.1f}"] + [""] * 6]
     for label, name in (("class means", "means"), ("ridge, no random layer", "bare"),
                         ("ridge on random features", "ridge")):
-        for run in load(f"cifar100_frozen_{name}_60"):
-            rows.append([label, f"{(run['seconds'] - first['seconds']) / 60:.0f}",
-                         *(f"{a:.1f}" for a in (*run["acc1s"], run["average_incremental_accuracy"]))])
-    classes = np.cumsum(load("cifar100_frozen_means_60")[0]["increments"])
+        run = load(f"cifar100_frozen_{name}_60")[0]
+        rows.append([label, f"{(run['seconds'] - first['seconds']) / 60:.0f}",
+                     *(f"{a:.1f}" for a in (*run["acc1s"], run["average_incremental_accuracy"]))])
+    classes = np.cumsum(first["increments"])
     return table(["CIFAR-100", "minutes", *(f"{n} classes" for n in classes), "average"], rows)
 
 
