@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 import utils
 from template import CilModel, CilTrainer
 from tutorial.methods import (
-    aanets, bal_ft, der, frozen, itaml, itaml_inference, lucir, patience, podnet)
+    aanets, bal_ft, der, frozen, itaml, itaml_inference, lucir, patience, podnet, tiny_clip)
 
 # The flags of a short run of each method.
 METHODS = {"icarl": [], "lucir": ["--num_epochs_ft=2", "--batch_size=16"],
@@ -1184,6 +1185,23 @@ def test_a_frozen_run_that_was_killed_adds_up_again(flags, run, launch, tmp_path
     assert (again / "checkpoint.pt").exists() == ("--adapt" in flags)
 
 
+def test_the_tower_of_the_tiny_clip_stays_as_it_was_pre_trained(run, monkeypatch):
+    """On one process and two, which compute the same, but for rounding, and train nothing."""
+    pytest.importorskip("open_clip")
+    flags = ["--head=ridge", "--projection=100", "--increment=2", "--num_bases=0"]
+    (one, said), (two, _) = (run("frozen_clip", *flags, folder=str(n), processes=n) for n in (1, 2))
+    weights = torch.load(one / "model.pt", weights_only=True)["state_dict"]
+    monkeypatch.setattr(utils, "load_digits", utils.load_digits)  # comes back after the test
+    quarter_digits()
+    tower = tiny_clip.train(utils.setup(utils.get_parser().parse_args([]))).visual.state_dict()
+    assert tower and all(torch.equal(weights[f"backbone.visual.{name}"], x) for name, x in tower.items())
+    assert torch.load(two / "model.pt", weights_only=True)["state_dict"].keys() == weights.keys()
+    np.testing.assert_allclose(results_of(two)["acc1s"], results_of(one)["acc1s"], atol=1)
+    assert results_of(one)["increments"] == [2] * 5 and log_lines(one) == []
+    assert results_of(one)["class_order"] == list(range(10)) and "5 tasks" in said
+    assert results_of(one)["last_accuracy"] > 70  # the digits are told apart
+
+
 def run_pretrained(weights, flags):
     """A run whose --pretrained finds its weights in a file, as timm would after a download."""
     create = timm.create_model
@@ -1421,7 +1439,9 @@ def test_frozen_modules_rest_and_learn_again():
     ("frozen", ["--head=ridge", "--projection=1000000"], "--projection 1000000 takes 40000.0 GB"),
     ("frozen", ["--head=nearest"], "--head"),
     ("frozen", ["--pretrained"], "--pretrained"),
-    ("frozen", ["--memory_size=30"], "keeps no image"),
+    *((name, ["--memory_size=30"], "keeps no image") for name in ("frozen", "frozen_clip")),
+    pytest.param("frozen_clip", ["--input_size=32"], "--backbone tiny_clip --input_size 32: ",
+                 marks=pytest.mark.skipif(not find_spec("open_clip"), reason="needs open_clip")),
     *((name, ["--compile"], "--compile: ") for name in ("podnet", "aanets", "itaml", "der"))])
 def test_bad_input_of_the_methods_is_one_line(name, flags, message, launch):
     started = launch(function=run_file, arguments=(ROOT, f"tutorial.methods.{name}", [
@@ -1443,7 +1463,7 @@ STEPS = {"expand_model", "train_task", "make_loader", "make_optimizer", "train_e
          "update_memory", "finish_task", "predict"}
 # Lines of code at most. Those above 60 bring a network or a schedule along; their chapters say so.
 LIMITS = {"icarl": 60, "lucir": 85, "podnet": 100, "aanets": 120, "bal_ft": 60, "patience": 70,
-          "itaml": 120, "itaml_inference": 60, "itaml_networks": 60, "der": 90, "frozen": 80,
+          "itaml": 120, "itaml_inference": 60, "itaml_networks": 60, "der": 90, "frozen": 80, "frozen_clip": 60,
           "feature_kd": 60, "wa_variants": 60, "grow": 60}
 
 
@@ -1453,7 +1473,7 @@ def test_methods_are_small_and_override_at_most_three_steps(name):
     assert lines_of_code(path)[0] <= LIMITS[name]
     trainers = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
                 and any(getattr(base, "id", "") in ("CilTrainer", "Patience") for base in node.bases)]
-    assert len(trainers) == {"itaml_inference": 0, "itaml_networks": 0, "wa_variants": 2}.get(name, 1)
+    assert len(trainers) == {"itaml_inference": 0, "itaml_networks": 0, "frozen_clip": 0, "wa_variants": 2}.get(name, 1)
     for trainer in trainers:
         defined = {node.name for node in trainer.body if isinstance(node, ast.FunctionDef)}
         assert defined <= STEPS and 1 <= len(defined) <= 3

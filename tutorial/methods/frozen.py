@@ -123,8 +123,11 @@ def get_parser():
     return parser
 
 
-if __name__ == "__main__":
-    args = get_parser().parse_args()
+def check(args):
     if args.memory_size:
         utils.fail(f"--memory_size {args.memory_size}: this method keeps no image")
-    main(args, Frozen)
+    return args
+
+
+if __name__ == "__main__":
+    main(check(get_parser().parse_args()), Frozen)

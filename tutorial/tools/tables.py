@@ -643,6 +643,17 @@ def frozen_by_seed():
                      ("5 even, then 5 odd: class means minus WA", "frozen_even_means", "wa_even"))
 
 
+def frozen_clip():
+    """A network that was pre-trained on half of the classes, with ALTA's tasks: frozen, or with ALTA on top."""
+    alta = "digits_alta_oritext_mlp2cprompt_oriimg"
+    rows = [("ALTA", "200 features", alta), ("ALTA, all classes at once", "", "digits_alta_joint"),
+            *((label, "none", f"digits_frozen_clip_{name}") for label, name in (
+                ("class means", "means"), ("ridge, no random layer", "bare"), ("ridge on random features", "ridge")))]
+    return table(["tiny CLIP, frozen", "what is kept", *(title for _, title in SUMMARY)], [
+        ["zero-shot, from the names", "", "", mean_std(measured("alta")["seeds"]["zero_shot"]), ""],
+        *(summary((label, kept), load(group)) for label, kept, group in rows)], left=2)
+
+
 def frozen_when():
     """Protocol by protocol, what each way costs and gives. Seconds of one run, the median."""
     ways = [way for label, name, wa in FROZEN_PROTOCOLS
@@ -749,7 +760,7 @@ TABLES = {f.__name__: f for f in (
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
     cross_task_by_seed, cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100, cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100,
     itaml_published, alta, ideas_by_seed, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed, der_by_seed, alta_speed, der, der_published,
-    frozen, frozen_by_seed, frozen_when, frozen_cifar100, frozen_published)}
+    frozen, frozen_by_seed, frozen_clip, frozen_when, frozen_cifar100, frozen_published)}
 
 
 def value(name, key):

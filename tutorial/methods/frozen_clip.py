@@ -1,0 +1,40 @@
+"""A frozen backbone of one's own: the image tower of the tiny CLIP, which was trained on even digits
+and their names, in the place of a model of timm. Chapter 23.
+
+    torchrun --nproc_per_node=2 -m tutorial.methods.frozen_clip --head ridge
+"""
+from timm.models import register_model
+from torch import nn
+
+from template import main
+from tutorial.methods import frozen
+from tutorial.methods.tiny_clip import train
+
+
+class ClipTower(nn.Module):
+    """Images (batch, 3, 8, 8) -> features (batch, num_features), where they meet the texts."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.visual, self.num_features = clip.visual, clip.visual.output_dim
+
+    def forward(self, images):
+        return self.visual(images)
+
+
+def get_parser():
+    parser = frozen.get_parser()
+    # The tasks of ALTA: each has an even digit, which the tower knows, and an odd one.
+    parser.set_defaults(backbone="tiny_clip", num_bases=0, class_order="natural")
+    return parser
+
+
+if __name__ == "__main__":
+    args = frozen.check(get_parser().parse_args())
+
+    @register_model
+    def tiny_clip(pretrained=False, **options):
+        """What --backbone tiny_clip stands for. Any pre-trained network can be made known so."""
+        return ClipTower(train(args))
+
+    main(args, frozen.Frozen)
