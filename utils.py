@@ -1454,6 +1454,7 @@ class Run:
             confusion=scores["confusion"], finished=done == len(self.increments),
             average_incremental_accuracy=sum(results["acc1s"]) / done,
             last_accuracy=scores["acc1"], forgetting=forgetting(results["accuracy_matrix"]),
+            parameters=sum(weight.numel() for weight in trainer.model.parameters()),
             seconds=time.time() - self.start,
             images_per_second=self.images / max(self.train_seconds, 1e-9))
         if self.args.rank == 0:

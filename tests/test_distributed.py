@@ -1,6 +1,7 @@
 """The number of processes must not change the experiment."""
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -123,6 +124,9 @@ def test_torchrun_with_one_machine_leaves_its_files(tmp_path):
     results = json.loads((run / "results.json").read_text())
     assert results["finished"] and results["world_size"] == 2
     assert [len(row) for row in results["accuracy_matrix"]] == [1, 2, 3, 4]
+    saved = torch.load(run / "model.pt", weights_only=True)["state_dict"]
+    assert results["parameters"] == sum(  # all but BatchNorm's running averages
+        x.numel() for name, x in saved.items() if not re.search("running|num_batches", name))
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [(line["task"], line["epoch"]) for line in lines] == [
         (task, epoch) for task in range(1, 5) for epoch in (1, 2)]
