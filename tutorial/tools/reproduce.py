@@ -63,6 +63,8 @@ GROUPS = {
     "cifar100_replay": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --lambda_kd 0 "
                         "--no_align", ONE),
     "cifar100_replay_kd": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --no_align", ONE),
+    "cifar100_unscaled_60": (
+        "wa_variants", f"{SIXTY} --variant unscaled --stop_after_task 2", ONE),
     "cifar100_wa": ("template.py", f"{CIFAR} --aa none --num_epochs 20", ONE),
     "digits_aanets_free": ("aanets", "--branch_1 free --fusion_lr 0", TEN),
     "digits_aanets_half": ("aanets", "--fusion_lr 0", TEN),
