@@ -213,6 +213,42 @@ def cifar100():
     return table(["method", *[f"{n} classes" for n in classes], "average"], rows)
 
 
+# The runs with 60 epochs a task: name of the group, label.
+LONG = [("finetune", "finetune"), ("replay", "replay"), ("replay_kd", "replay + KD"), ("replay_align", "replay + alignment"),
+        ("wa", "WA: replay + KD + alignment"), ("frozen_means", "frozen backbone, class means"),
+        ("frozen_ridge", "frozen backbone, ridge")]
+
+
+def cifar100_60():
+    """Accuracy after each task on CIFAR-100 with 60 epochs a task, and what it costs."""
+    rows = []
+    for run, label in ((run, label) for name, label in LONG for run in load(f"cifar100_{name}_60")):
+        # An image has 32 x 32 pixels of three bytes.
+        rows.append([label, *(f"{a:.1f}" for a in (*run["acc1s"], run["average_incremental_accuracy"], run["forgetting"])),
+                     f"{run['seconds'] / 60:.0f}", f"{run['parameters'] / 1e6:.2f}",
+                     f"{run['args']['memory_size'] * 3 * 32 ** 2 / 1e6:.1f}"])
+        if run["gammas"]:
+            rows.append([f"γ of {label.split(':')[0]}", "", *(f"{g:.2f}" for g in run["gammas"]), *[""] * 5])
+    return table(["method", *(f"{n} classes" for n in np.cumsum(run["increments"])), "average (%)", "forgetting (points)",
+                  "minutes", "million weights", "MB of images"], rows)
+
+
+def more_epochs():
+    """Two losses with 20 and with 60 epochs: after the second task."""
+    rows = []
+    for label, epochs, tested, name in (
+            ("dynamic λ, as published", 20, "held-out", "validation_dynamic"),
+            ("the same, divided by 1 - λ", 20, "held-out", "validation_unscaled_dynamic"),
+            ("dynamic λ, as published", 60, "test", "cifar100_wa_60"),
+            ("the same, divided by 1 - λ", 60, "test", "cifar100_unscaled_60")):
+        run = load(name)[0]
+        old, new = run["accuracy_matrix"][1]
+        rows.append([label, tested, epochs, f"{run['acc1s'][1]:.1f}", f"{run['gammas'][0]:.2f}", f"{old:.1f}", f"{new:.1f}",
+                     f"{run['task_aware_matrix'][1][0]:.1f}"])
+    return table(["loss", "images", "epochs", "60 classes", "γ", "old classes", "new classes", "old classes, task told"],
+                 rows, left=2)
+
+
 def validation():
     """CIFAR-100 with other weights of the distillation, on held-out training images."""
     rows = []
@@ -754,7 +790,7 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    loop, settings, digits, orders, orders_by_seed, cifar100, validation, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
+    loop, settings, digits, orders, orders_by_seed, cifar100, cifar100_60, validation, more_epochs, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
     awareness_cifar100, compared,
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
