@@ -6,6 +6,7 @@ and their names, in the place of a model of timm. Chapter 23.
 from timm.models import register_model
 from torch import nn
 
+import utils
 from template import main
 from tutorial.methods import frozen
 from tutorial.methods.tiny_clip import train
@@ -25,12 +26,14 @@ class ClipTower(nn.Module):
 def get_parser():
     parser = frozen.get_parser()
     # The tasks of ALTA: each has an even digit, which the tower knows, and an odd one.
-    parser.set_defaults(backbone="tiny_clip", num_bases=0, class_order="natural")
+    parser.set_defaults(backbone="tiny_clip", input_size=8, num_bases=0, class_order="natural")
     return parser
 
 
 if __name__ == "__main__":
     args = frozen.check(get_parser().parse_args())
+    if args.input_size != 8:
+        utils.fail(f"--input_size {args.input_size}: the image tower of the tiny CLIP takes 8")
 
     @register_model
     def tiny_clip(pretrained=False, **options):

@@ -175,9 +175,12 @@ def draw_norms():
 
 def draw_border():
     """Accuracy on old and new classes for other factors in the place of γ, and γ itself."""
-    figure, panels = new_figure(3.3, columns=3, sharey=True)
-    for axes, run, title in zip(panels, ("digits_wa", "validation_dynamic", "validation_survey"), (
-            "digits,\nλ = 0.4", "CIFAR-100,\ndynamic λ", "CIFAR-100,\nCE + 2 KD")):
+    figure, panels = new_figure(5.6, 2, 2, sharex=True, sharey=True)
+    panels = panels.flatten()
+    for axes, run, title in zip(panels, (
+            "digits_wa", "validation_dynamic", "validation_survey", "cifar100_wa_60"), (
+            "digits,\nλ = 0.4", "CIFAR-100, 20 epochs,\ndynamic λ", "CIFAR-100, 20 epochs,\nCE + 2 KD",
+            "CIFAR-100, 60 epochs,\ndynamic λ")):
         found = measured(f"border_{run}_seed0")
         for key, colour, label in (("old", BLUE, "old classes"), ("new", ORANGE, "new classes"),
                                    ("all", "black", "all")):
@@ -185,8 +188,10 @@ def draw_border():
                       [row[key] for row in found["rows"]], color=colour, label=label)
         axes.axvline(found["gamma"], color=GREEN, ls="--", label="γ of WA")
         axes.set(title=title, ylim=(0, 102), xlim=(0.3, 1.5), xticks=(0.5, 1, 1.5))
-    panels[0].set(ylabel="test accuracy (%)")
-    panels[1].set(xlabel="factor of the new prototypes (1: no alignment)")
+    for axes in panels[::2]:
+        axes.set(ylabel="test accuracy (%)")
+    for axes in panels[2:]:
+        axes.set(xlabel="factor (1: no alignment)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   columnspacing=1, handlelength=1.5)
     return figure

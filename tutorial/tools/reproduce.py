@@ -55,6 +55,8 @@ GROUPS = {
     "cifar100_first_60": ("template.py", f"{SIXTY} --stop_after_task 1", ONE),
     "cifar100_frozen_bare_60": ("frozen", f"{SIXTY} --adapt --head ridge --projection 0", ONE),
     "cifar100_frozen_means_60": ("frozen", f"{SIXTY} --adapt", ONE),
+    "cifar100_frozen_one_60": (
+        "frozen", f"{SIXTY} --adapt --head ridge --increment 1 --ridge 0.01", ONE),
     "cifar100_frozen_ridge_60": ("frozen", f"{SIXTY} --adapt --head ridge", ONE),
     "cifar100_icarl": ("icarl", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_itaml": ("itaml", f"{CIFAR} --backbone resnet32 --num_epochs 5", ONE),
@@ -66,6 +68,7 @@ GROUPS = {
     "cifar100_unscaled_60": (
         "wa_variants", f"{SIXTY} --variant unscaled --stop_after_task 2", ONE),
     "cifar100_wa": ("template.py", f"{CIFAR} --aa none --num_epochs 20", ONE),
+    "cifar100_wa_60": ("template.py", SIXTY, ONE),
     "digits_aanets_free": ("aanets", "--branch_1 free --fusion_lr 0", TEN),
     "digits_aanets_half": ("aanets", "--fusion_lr 0", TEN),
     "digits_aanets_lucir": ("aanets", "", TEN),
