@@ -1184,13 +1184,11 @@ def test_a_frozen_run_that_was_killed_adds_up_again(flags, run, launch, tmp_path
     assert (again / "checkpoint.pt").exists() == ("--adapt" in flags)
 
 
-def train_briefly():
-    """Ten small steps for the tiny CLIP in the place of 200."""
-    tiny_clip.train.__defaults__ = (10, 8)
+BRIEF = (10, 8)  # steps and groups of the tiny CLIP's training, in the place of (200, 32)
 
 
 def run_frozen_clip(flags):
-    train_briefly()
+    tiny_clip.train.__defaults__ = BRIEF
     run_file(ROOT, "tutorial.methods.frozen_clip", flags)
 
 
@@ -1201,12 +1199,11 @@ def test_the_tower_of_the_tiny_clip_stays_as_it_was_pre_trained(launch, tmp_path
         started = launch(function=run_frozen_clip, processes=n, arguments=([
             "--head=ridge", "--projection=100", "--no_plots", f"--output_dir={n}"],))
         assert started.wait() == [0] * n, started.stderr()
-    monkeypatch.setattr(tiny_clip.train, "__defaults__", None)  # comes back after the test
-    train_briefly()
+    monkeypatch.setattr(tiny_clip.train, "__defaults__", BRIEF)
     tower = tiny_clip.train(utils.setup(utils.get_parser().parse_args([]))).visual.state_dict()
     for folder in (tmp_path / "1", tmp_path / "2"):
         weights = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
-        assert tower and all(torch.equal(weights[f"backbone.visual.{name}"], x) for name, x in tower.items())
+        assert tower and all(torch.equal(weights[f"backbone.{name}"], x) for name, x in tower.items())
     one, two = (results_of(tmp_path / name) for name in "12")
     np.testing.assert_allclose(one["acc1s"], two["acc1s"], atol=1)
     assert one["increments"] == [2] * 5 and one["class_order"] == list(range(10))

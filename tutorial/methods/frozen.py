@@ -124,6 +124,7 @@ def get_parser():
 
 
 def check(args):
+    """The arguments, if they are right for this method; else the end, with one line."""
     if args.memory_size:
         utils.fail(f"--memory_size {args.memory_size}: this method keeps no image")
     return args

@@ -4,23 +4,11 @@ and their names, in the place of a model of timm. Chapter 23.
     torchrun --nproc_per_node=2 -m tutorial.methods.frozen_clip --head ridge
 """
 from timm.models import register_model
-from torch import nn
 
 import utils
 from template import main
 from tutorial.methods import frozen
 from tutorial.methods.tiny_clip import train
-
-
-class ClipTower(nn.Module):
-    """Images (batch, 3, 8, 8) -> features (batch, num_features), where they meet the texts."""
-
-    def __init__(self, clip):
-        super().__init__()
-        self.visual, self.num_features = clip.visual, clip.visual.output_dim
-
-    def forward(self, images):
-        return self.visual(images)
 
 
 def get_parser():
@@ -37,7 +25,8 @@ if __name__ == "__main__":
 
     @register_model
     def tiny_clip(pretrained=False, **options):
-        """What --backbone tiny_clip stands for. Any pre-trained network can be made known so."""
-        return ClipTower(train(args))
+        """What --backbone tiny_clip stands for: a module that turns images (batch, 3, 8, 8) into
+        features (batch, dim). Any pre-trained network can be made known so."""
+        return train(args).visual
 
     main(args, frozen.Frozen)

@@ -47,8 +47,8 @@ class TSquaredWA(OtherLossWA):
 
 
 class UnscaledWA(OtherLossWA):
-    """CE + lambda / (1 - lambda) KD: WA's loss, divided by 1 - lambda. The direction of a step is
-    the same; its length is that of a loss in which the labels count in full."""
+    """CE + lambda / (1 - lambda) KD: WA's loss, divided by 1 - lambda: its gradient keeps its
+    direction, and the labels count in full against learning rate and weight decay."""
 
     def combine(self, ce, kd, weight):
         return ce + weight / (1 - weight) * kd

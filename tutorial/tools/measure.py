@@ -67,9 +67,8 @@ def border(mine):
     by the name of RUN, as reproduce.py names it."""
     args, results, model, (_, test) = load_run(mine)
     heads, gamma = model.fc.heads, results["gammas"][-1]
-    images = [test.images(task) for task in range(len(heads))]
-    features = torch.cat([utils.extract_features(model, data, args) for data in images])
-    labels = torch.cat([torch.from_numpy(data.y) for data in images])
+    images = test.images(slice(0, len(heads)))
+    features, labels = utils.extract_features(model, images, args), torch.from_numpy(images.y)
     known = sum(len(head.bias) for head in heads[:-1])
     old = labels < known
     weights = torch.cat([head.weight for head in heads])

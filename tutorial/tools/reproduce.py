@@ -31,8 +31,8 @@ RUNS = Path("runs/reproduce")
 
 TEN, ONE = range(10), range(1)
 CIFAR = "--data_set cifar100 --amp bf16"
+TWENTY = f"{CIFAR} --aa none --num_epochs 20"
 SIXTY = f"{CIFAR} --aa none --num_epochs 60"
-HELD_OUT = f"{CIFAR} --aa none --num_epochs 20 --stop_after_task"
 TINY = "--lr 0.002 --visual tiny"
 EVEN = "--num_bases 5 --increment 5 --class_order tutorial/results/even_first.txt"
 # The groups of runs: name -> (program, flags, seeds). A program is template.py, a file of
@@ -49,9 +49,8 @@ GROUPS = {
     "cifar100_bal_ft_own_joint": (
         "bal_ft", f"{CIFAR} --num_epochs 6 --num_epochs_ft 4 --patience 0 --validation seen "
         "--upper_bound joint --loss own", ONE),
-    "cifar100_der": ("der", f"{CIFAR} --aa none --num_epochs 20", ONE),
-    "cifar100_finetune": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --memory_size 0 "
-                          "--lambda_kd 0 --no_align", ONE),
+    "cifar100_der": ("der", TWENTY, ONE),
+    "cifar100_finetune": ("template.py", f"{TWENTY} --memory_size 0 --lambda_kd 0 --no_align", ONE),
     "cifar100_first_60": ("template.py", f"{SIXTY} --stop_after_task 1", ONE),
     "cifar100_frozen_bare_60": ("frozen", f"{SIXTY} --adapt --head ridge --projection 0", ONE),
     "cifar100_frozen_means_60": ("frozen", f"{SIXTY} --adapt", ONE),
@@ -62,12 +61,11 @@ GROUPS = {
     "cifar100_itaml": ("itaml", f"{CIFAR} --backbone resnet32 --num_epochs 5", ONE),
     "cifar100_lucir": ("lucir", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_podnet": ("podnet", f"{CIFAR} --num_epochs 20", ONE),
-    "cifar100_replay": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --lambda_kd 0 "
-                        "--no_align", ONE),
-    "cifar100_replay_kd": ("template.py", f"{CIFAR} --aa none --num_epochs 20 --no_align", ONE),
+    "cifar100_replay": ("template.py", f"{TWENTY} --lambda_kd 0 --no_align", ONE),
+    "cifar100_replay_kd": ("template.py", f"{TWENTY} --no_align", ONE),
     "cifar100_unscaled_60": (
         "wa_variants", f"{SIXTY} --variant unscaled --stop_after_task 2", ONE),
-    "cifar100_wa": ("template.py", f"{CIFAR} --aa none --num_epochs 20", ONE),
+    "cifar100_wa": ("template.py", TWENTY, ONE),
     "cifar100_wa_60": ("template.py", SIXTY, ONE),
     "digits_aanets_free": ("aanets", "--branch_1 free --fusion_lr 0", TEN),
     "digits_aanets_half": ("aanets", "--fusion_lr 0", TEN),
@@ -149,15 +147,15 @@ GROUPS = {
     "digits_wa": ("template.py", "", TEN),
     "digits_wa_even": ("template.py", EVEN, TEN),
     "digits_wa_one": ("template.py", "--increment 1", TEN),
-    "validation_05": ("template.py", f"{HELD_OUT} 2 --lambda_kd 0.5", ONE),
-    "validation_067": ("template.py", f"{HELD_OUT} 3 --lambda_kd 0.67", ONE),
-    "validation_dynamic": ("template.py", f"{HELD_OUT} 3 --lambda_kd dynamic", ONE),
-    "validation_replay_align": ("template.py", f"{HELD_OUT} 2 --lambda_kd 0", ONE),
-    "validation_survey": ("wa_variants", f"{HELD_OUT} 3 --variant survey", ONE),
+    "validation_05": ("template.py", f"{TWENTY} --stop_after_task 2 --lambda_kd 0.5", ONE),
+    "validation_067": ("template.py", f"{TWENTY} --stop_after_task 3 --lambda_kd 0.67", ONE),
+    "validation_dynamic": ("template.py", f"{TWENTY} --stop_after_task 3 --lambda_kd dynamic", ONE),
+    "validation_replay_align": ("template.py", f"{TWENTY} --stop_after_task 2 --lambda_kd 0", ONE),
+    "validation_survey": ("wa_variants", f"{TWENTY} --stop_after_task 3 --variant survey", ONE),
     "validation_unscaled_05": (
-        "wa_variants", f"{HELD_OUT} 2 --variant unscaled --lambda_kd 0.5", ONE),
+        "wa_variants", f"{TWENTY} --stop_after_task 2 --variant unscaled --lambda_kd 0.5", ONE),
     "validation_unscaled_dynamic": (
-        "wa_variants", f"{HELD_OUT} 2 --variant unscaled --lambda_kd dynamic", ONE),
+        "wa_variants", f"{TWENTY} --stop_after_task 2 --variant unscaled --lambda_kd dynamic", ONE),
 }
 # The changed templates: template.py with the changes of this section of chapter 13.
 CHANGED = {"balanced.py": "### 1.", "hardest.py": "### 2.", "tiny.py": "### 3."}

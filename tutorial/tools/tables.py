@@ -214,23 +214,30 @@ def cifar100():
 
 
 # The runs with 60 epochs a task: name of the group, label.
-LONG = [("finetune", "finetune"), ("replay", "replay"), ("replay_kd", "replay + KD"), ("replay_align", "replay + alignment"),
-        ("wa", "WA: replay + KD + alignment"), ("frozen_means", "frozen backbone, class means"),
+LONG = [*((name, label) for name, label, *_ in ABLATION), ("frozen_means", "frozen backbone, class means"),
         ("frozen_ridge", "frozen backbone, ridge")]
 
 
 def cifar100_60():
     """Accuracy after each task on CIFAR-100 with 60 epochs a task, and what it costs."""
     rows = []
-    for run, label in ((run, label) for name, label in LONG for run in load(f"cifar100_{name}_60")):
-        # An image has 32 x 32 pixels of three bytes.
-        rows.append([label, *(f"{a:.1f}" for a in (*run["acc1s"], run["average_incremental_accuracy"], run["forgetting"])),
-                     f"{run['seconds'] / 60:.0f}", f"{run['parameters'] / 1e6:.2f}",
-                     f"{run['args']['memory_size'] * 3 * 32 ** 2 / 1e6:.1f}"])
-        if run["gammas"]:
-            rows.append([f"γ of {label.split(':')[0]}", "", *(f"{g:.2f}" for g in run["gammas"]), *[""] * 5])
+    for name, label in LONG:
+        for run in load(f"cifar100_{name}_60"):  # (Not all of them have been made.)
+            # An image has 32 x 32 pixels of three bytes.
+            rows.append([label, *(f"{a:.1f}" for a in (*run["acc1s"], run["average_incremental_accuracy"], run["forgetting"])),
+                         f"{run['seconds'] / 60:.0f}", f"{run['parameters'] / 1e6:.2f}",
+                         f"{run['args']['memory_size'] * 3 * 32 ** 2 / 1e6:.1f}"])
+            if run["gammas"]:
+                rows.append([f"γ of {label.split(':')[0]}", "", *(f"{g:.2f}" for g in run["gammas"]), *[""] * 5])
     return table(["method", *(f"{n} classes" for n in np.cumsum(run["increments"])), "average (%)", "forgetting (points)",
                   "minutes", "million weights", "MB of images"], rows)
+
+
+# What is told of a run after its second task: the column, and the number of a run.
+SECOND = {"60 classes": lambda run: f"{run['acc1s'][1]:.1f}", "γ": lambda run: f"{run['gammas'][0]:.2f}",
+          "old classes": lambda run: f"{run['accuracy_matrix'][1][0]:.1f}",
+          "new classes": lambda run: f"{run['accuracy_matrix'][1][1]:.1f}",
+          "old classes, task told": lambda run: f"{run['task_aware_matrix'][1][0]:.1f}"}
 
 
 def more_epochs():
@@ -242,11 +249,8 @@ def more_epochs():
             ("dynamic λ, as published", 60, "test", "cifar100_wa_60"),
             ("the same, divided by 1 - λ", 60, "test", "cifar100_unscaled_60")):
         run = load(name)[0]
-        old, new = run["accuracy_matrix"][1]
-        rows.append([label, tested, epochs, f"{run['acc1s'][1]:.1f}", f"{run['gammas'][0]:.2f}", f"{old:.1f}", f"{new:.1f}",
-                     f"{run['task_aware_matrix'][1][0]:.1f}"])
-    return table(["loss", "images", "epochs", "60 classes", "γ", "old classes", "new classes", "old classes, task told"],
-                 rows, left=2)
+        rows.append([label, tested, epochs, *(number(run) for number in SECOND.values())])
+    return table(["loss", "images", "epochs", *SECOND], rows, left=2)
 
 
 def validation():
@@ -257,13 +261,10 @@ def validation():
                         ("CE + KD", "unscaled_05"), ("CE + 2 KD", "survey"),
                         ("dynamic λ, divided: CE + 5 KD", "unscaled_dynamic")):
         run = load(f"validation_{name}")[0]
-        old, new = run["accuracy_matrix"][1]
         third = len(run["acc1s"]) > 2  # some stop after the second task
-        rows.append([label, f"{run['acc1s'][1]:.1f}", f"{run['gammas'][0]:.2f}", f"{old:.1f}", f"{new:.1f}",
-                     f"{run['task_aware_matrix'][1][0]:.1f}", f"{run['acc1s'][2]:.1f}" if third else "",
+        rows.append([label, *(number(run) for number in SECOND.values()), f"{run['acc1s'][2]:.1f}" if third else "",
                      f"{run['gammas'][1]:.2f}" if third else ""])
-    return table(["loss", "60 classes", "γ", "old classes", "new classes", "old classes, task told", "70 classes",
-                  "γ"], rows)
+    return table(["loss", *SECOND, "70 classes", "γ"], rows)
 
 
 def matrix():
@@ -655,10 +656,11 @@ def der_published():
          f"{row['last']:.1f}" if "last" in row else ""] for row in rows], left=4)
 
 
+# The classifiers of a frozen backbone: name, label, flags.
+HEADS = [("means", "class means", ""), ("bare", "ridge, no random layer", "--head ridge --projection 0"),
+         ("ridge", "ridge on random features", "--head ridge")]
 # A frozen backbone on the digits: name of the group, label, flags.
-FROZEN = [("frozen_means", "class means", "--adapt"),
-          ("frozen_bare", "ridge, no random layer", "--adapt --head ridge --projection 0"),
-          ("frozen_ridge", "ridge on random features", "--adapt --head ridge"),
+FROZEN = [*((f"frozen_{name}", label, f"--adapt {flags}".rstrip()) for name, label, flags in HEADS),
           ("frozen_untrained_means", "untrained network, class means", ""),
           ("frozen_untrained", "untrained network, ridge", "--head ridge")]
 # Where it is compared with WA: label, group, WA's group.
@@ -683,8 +685,7 @@ def frozen_clip():
     """A network that was pre-trained on half of the classes, with ALTA's tasks: frozen, or with ALTA on top."""
     alta = "digits_alta_oritext_mlp2cprompt_oriimg"
     rows = [("ALTA", "200 features", alta), ("ALTA, all classes at once", "", "digits_alta_joint"),
-            *((label, "none", f"digits_frozen_clip_{name}") for label, name in (
-                ("class means", "means"), ("ridge, no random layer", "bare"), ("ridge on random features", "ridge")))]
+            *((label, "none", f"digits_frozen_clip_{name}") for name, label, _ in HEADS)]
     return table(["tiny CLIP, frozen", "what is kept", *(title for _, title in SUMMARY)], [
         ["zero-shot, from the names", "", "", mean_std(measured("alta")["seeds"]["zero_shot"]), ""],
         *(summary((label, kept), load(group)) for label, kept, group in rows)], left=2)
@@ -708,8 +709,7 @@ def frozen_cifar100():
     was done once: its minutes are in a row of their own."""
     first = load("cifar100_first_60")[0]
     rows = [["the first task's training", f"{first['seconds'] / 60:.0f}", f"{first['acc1s'][0]:.1f}"] + [""] * 6]
-    for label, name in (("class means", "means"), ("ridge, no random layer", "bare"),
-                        ("ridge on random features", "ridge"), ("the same, one class at a time", "one")):
+    for name, label, *_ in [*HEADS, ("one", "the same, one class at a time")]:
         run = load(f"cifar100_frozen_{name}_60")[0]
         shown = run["acc1s"][::(len(run["acc1s"]) - 1) // 5]  # after 50, 60, ... classes
         rows.append([label, f"{(run['seconds'] - first['seconds']) / 60:.0f}",
