@@ -234,7 +234,7 @@ def cifar100_60():
 
 
 # What is told of a run after its second task: the column, and the number of a run.
-SECOND = {"60 classes": lambda run: f"{run['acc1s'][1]:.1f}", "γ": lambda run: f"{run['gammas'][0]:.2f}",
+SECOND = {"60 classes": lambda run: f"{run['acc1s'][1]:.1f}", "γ of task 2": lambda run: f"{run['gammas'][0]:.2f}",
           "old classes": lambda run: f"{run['accuracy_matrix'][1][0]:.1f}",
           "new classes": lambda run: f"{run['accuracy_matrix'][1][1]:.1f}",
           "old classes, task told": lambda run: f"{run['task_aware_matrix'][1][0]:.1f}"}
@@ -264,7 +264,7 @@ def validation():
         third = len(run["acc1s"]) > 2  # some stop after the second task
         rows.append([label, *(number(run) for number in SECOND.values()), f"{run['acc1s'][2]:.1f}" if third else "",
                      f"{run['gammas'][1]:.2f}" if third else ""])
-    return table(["loss", *SECOND, "70 classes", "γ"], rows)
+    return table(["loss", *SECOND, "70 classes", "γ of task 3"], rows)
 
 
 def matrix():
