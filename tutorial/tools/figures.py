@@ -186,10 +186,10 @@ def draw_border():
                                    ("all", "black", "all")):
             axes.plot([row["factor"] for row in found["rows"]],
                       [row[key] for row in found["rows"]], color=colour, label=label)
-        axes.axvline(found["gamma"], color=GREEN, ls="--", label="γ of WA")
+        axes.axvline(found["gamma"], color=GREEN, ls="--", label="γ")
         axes.set(title=title, ylim=(0, 102), xlim=(0.3, 1.5), xticks=(0.5, 1, 1.5))
     for axes in panels[::2]:
-        axes.set(ylabel="test accuracy (%)")
+        axes.set(ylabel="accuracy (%)")
     for axes in panels[2:]:
         axes.set(xlabel="factor (1: no alignment)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,

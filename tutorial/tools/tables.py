@@ -317,7 +317,7 @@ def awareness_cifar100():
 
 def published():
     """The numbers of others beside ours, each with its schedule."""
-    rows = [[row["method"], row["protocol"], row["source"], row.get("average", ""), row["last"]]
+    rows = [[row["method"].split(" (")[0], row["protocol"], row["source"], row.get("average", ""), row["last"]]
             for row in measured("published")["rows"]]
     for name, label, _, _ in ABLATION:
         for run in load(f"cifar100_{name}")[:1] + load(f"cifar100_{name}_60")[:1]:
@@ -339,7 +339,7 @@ METHODS = [("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.methods.icarl", "
            ("LUCIR", "-m tutorial.methods.lucir", "lucir"), ("PODNet", "-m tutorial.methods.podnet", "podnet"),
            ("LUCIR + AANets", "-m tutorial.methods.aanets", "aanets_lucir"),
            ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"),
-           ("iTAML, base", "-m tutorial.methods.itaml", "itaml_paper"), ("DER", "-m tutorial.methods.der", "der"),
+           ("iTAML, one image", "-m tutorial.methods.itaml", "itaml_paper"), ("DER", "-m tutorial.methods.der", "der"),
            ("frozen backbone, ridge", "-m tutorial.methods.frozen --adapt --head ridge", "frozen_ridge")]
 
 
