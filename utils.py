@@ -312,7 +312,8 @@ def setup(args):
              f"({type(error).__name__}: {error}): try rand-m9-mstd0.5-inc1-mmax9, or none")
     gpus = torch.cuda.device_count()
     if args.device == "cuda" and gpus < here:
-        fail(f"--device cuda: {here} processes on this machine, but torch finds {gpus} GPUs")
+        fail(f"--device cuda: {here} processes on this machine, but torch finds {gpus} GPUs",
+             everywhere=args.rank == 0 or args.local_rank > 0)  # perhaps on this machine alone
     args.device = torch.device(args.device or ("cuda" if gpus >= here else "cpu"))
     if args.device.type == "cuda":
         args.device = torch.device("cuda", args.local_rank)
@@ -331,9 +332,10 @@ def join_processes(args):
     cuda = args.device.type == "cuda"
     if dist.get_debug_level() == dist.DebugLevel.OFF:
         dist.set_debug_level(dist.DebugLevel.INFO)  # DDP then names weights without a gradient
-    try:  # the prefix keeps a restart by torchrun from finding addresses of the dead processes
+    try:
         store, *_ = next(rendezvous("env://", args.rank, args.world_size))
-        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = own_store(store, args)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=args.rank,
             world_size=args.world_size, device_id=args.device if cuda else None)
@@ -341,6 +343,25 @@ def join_processes(args):
         fail(f"the processes could not join ({error}): start them with torchrun; inside a SLURM "
              "allocation, unset SLURM_NTASKS to run plain python")
     sys.excepthook = report_unless_left
+
+
+def own_store(torchrun, args):
+    """Where the processes of this start leave their addresses for each other. torchrun's own store
+    outlives its restarts, and would give them addresses of the dead. (It counts the restarts, but
+    each machine for itself.) So rank 0 opens another, and leaves its port in torchrun's."""
+    host, minutes = os.environ["MASTER_ADDR"], datetime.timedelta(minutes=30)
+    if args.rank == 0:
+        store = dist.TCPStore(host, 0, args.world_size, True, minutes, wait_for_workers=False)
+        torchrun.set("port", str(store.port))
+        return store
+    for _ in range(1800):
+        port = int(torchrun.get("port"))
+        try:  # at the port of a dead rank 0 nobody answers
+            socket.create_connection((host, port), 10).close()
+            return dist.TCPStore(host, port, args.world_size, False, minutes)
+        except OSError:
+            time.sleep(1)
+    raise RuntimeError(f"no answer from {host}, port {port}")
 
 
 def report_unless_left(kind, error, trace):
@@ -390,6 +411,14 @@ def gather(shard, size, args):
     parts = [torch.empty_like(padded) for _ in range(args.world_size)]
     dist.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:size]
+
+
+def from_rank_0(value, args):
+    """What rank 0 has, on every rank."""
+    box = [value]
+    if args.distributed:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def first_problem(problem, args):
@@ -470,7 +499,10 @@ def load_folder(args):
         except OSError as error:  # no class at all, a class without an image, no permission
             raise InputError(f"{folder}: {error}") from None
         # numpy's strings: a million Python objects would be copied into every loading worker.
-        paths = np.array([path for path, _ in images.samples], dtype=np.dtypes.StringDType())
+        try:
+            paths = np.array([path for path, _ in images.samples], np.dtypes.StringDType())
+        except UnicodeEncodeError as error:
+            raise InputError(f"{error.object!a}: a name that is not UTF-8; rename it") from None
         splits.append((paths, np.array(images.targets)))
         classes.append(images.classes)
     if classes[0] != classes[1]:
@@ -507,9 +539,12 @@ def load_data(args):
     Raises InputError."""
     if args.data_set == "digits":
         return load_digits(), [str(i) for i in range(10)]
-    if args.data_set in PACKAGES and not (Path(args.data_path) / "train").is_dir():
-        return load_package(args)
-    return load_folder(args)
+    try:
+        if args.data_set not in PACKAGES or (Path(args.data_path) / "train").is_dir():
+            return load_folder(args)
+    except OSError as error:  # no permission, a name too long
+        raise InputError(f"--data_path {args.data_path}: {error.strerror}") from None
+    return load_package(args)
 
 
 def open_image(source):
@@ -576,6 +611,12 @@ def get_class_order(args, nb_classes):
     return order
 
 
+def fingerprint(x, labels):
+    """A number that changes with the labels, and with the names of the files, if x are paths."""
+    names = "\n".join(x) if x.ndim == 1 else ""
+    return zlib.crc32(labels.tobytes() + names.encode())
+
+
 class Scenario:
     """continuum's `ClassIncremental`, over row numbers: `images(t)` are the images of task t.
 
@@ -596,8 +637,7 @@ class Scenario:
         labels = np.argsort(class_order)[y]
         self.data = ImageSet(hold(x, fits, args), labels, args, np.arange(len(y)))
         # Changes with the files or the labels: by it a resumed run knows its data set.
-        names = b"" if self.files is None else "\n".join(self.files).encode(errors="replace")
-        self.fingerprint = zlib.crc32(labels.tobytes() + names)
+        self.fingerprint = fingerprint(x, labels)
 
     def images(self, tasks):
         """The images of one task, or of a slice of tasks, as an ImageSet."""
@@ -608,6 +648,11 @@ class Scenario:
 def build_scenarios(args):
     """Two `Scenario`s, train and test, with the same tasks."""
     splits, class_names = together(lambda: load_data(args), args)  # not all machines may have it
+    prints = [fingerprint(x, y) for x, y in splits]
+    problem = first_problem(None if prints == from_rank_0(prints, args) else
+                            f"other files in {args.data_path} than rank 0 has: copy them again", args)
+    if problem:
+        fail(problem)
     (_, train_y), (_, test_y) = splits
     total, counts = len(class_names), np.bincount(train_y)
     first, increment, wrong = args.num_bases or args.increment, args.increment, []
@@ -1273,10 +1318,7 @@ class Run:
                          "numpy": np.__version__}}
         self.checkpoint = saved = None  # (`saved` of an earlier run in this process)
         together(lambda: args.rank or self.open_directory(method), args)
-        if args.distributed:  # what rank 0 read goes to all: only its machine needs the file
-            box = [self.checkpoint]
-            dist.broadcast_object_list(box, src=0)
-            self.checkpoint = box[0]
+        self.checkpoint = from_rank_0(self.checkpoint, args)  # only its machine needs the file
         self.first_task = self.checkpoint["task"] if self.checkpoint else 0
         if args.rank == 0:
             if self.checkpoint:
@@ -1323,29 +1365,37 @@ class Run:
             return self.read_checkpoint(self.dir / "checkpoint.pt")
         log, results = self.dir / "log.jsonl", self.dir / "results.json"
         try:
-            done = len(json.loads(results.read_text())["acc1s"])
-        except (OSError, ValueError, KeyError):
-            done = 0
+            before = json.loads(results.read_text())
+            done, changed = len(before["acc1s"]), self.changed_since(before)
+        except (OSError, ValueError, KeyError, TypeError):
+            done, changed = 0, []
+        if changed:
+            raise InputError(f"--resume: {self.dir} holds a run with {', '.join(changed)}; use the "
+                             "same command, or another --output_dir")
         if found and (not log.exists() or f'"task": {done},' in log.read_text()):
             raise InputError(f"--resume: {self.dir} holds {found[0]} but no checkpoint.pt to go on "
                              "from; name another --output_dir")
         # A new run, or our own, which ended before its first checkpoint: begin again.
         write_file(log, b"")
 
+    def changed_since(self, before):
+        """What is not as in the results of before, in words; [] if this is the same run."""
+        config, mine = before["args"], self.args.config
+        changed = [f"--{name} {config.get(name)} (now {mine[name]})" for name in mine
+                   if name not in MAY_DIFFER and config.get(name) != mine[name]]
+        return changed + [name for name in ("method", "increments", "class_order")
+                          if before.get(name) != self.results[name]]
+
     def read_checkpoint(self, path):
         try:  # weights_only: a checkpoint from a stranger runs no code
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-            config, mine = saved["results"]["args"], self.args.config
+            changed = self.changed_since(saved["results"])
             version, data = saved["results"]["versions"]["trainer"], saved["data"]
         except Exception as error:
             raise InputError(f"--resume: {path} is no whole checkpoint of this trainer "
                              f"({type(error).__name__}); name another --output_dir") from None
-        changed = [f"--{name} {config.get(name)} (now {mine[name]})" for name in mine
-                   if name not in MAY_DIFFER and config.get(name) != mine[name]]
-        changed += [name for name in ("method", "increments", "class_order")
-                    if saved["results"].get(name) != self.results[name]]
         changed += ["other images"] * (data != self.scenario.fingerprint)
         changed += ["another version of the trainer"] * (version != VERSION)
         if changed:

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,8 @@ def refused(launch, tmp_path):
     (["--num_epoch=3"], "--num_epoch"),
     (["--data_set=image_folder", "--data_path=nowhere"], "nowhere train/<class>/*"),
     (["--data_set=imagenet100"], "data train/<class>/*"),
+    (["--data_set=image_folder", f"--data_path={'x' * 300}"], "--data_path name too long"),
+    (["--data_set=cifar10", f"--data_path={'x' * 300}"], "--data_path name too long"),
 ])
 def test_flags_that_cannot_be(refused, flags, words):
     if flags == ["--device=cuda"] and torch.cuda.is_available():
@@ -119,6 +122,21 @@ def test_once_for_all_processes(refused):
     assert "--num_bases 11" in refused("--num_bases=11", processes=2)
 
 
+def test_a_second_machine_without_gpus_speaks_for_itself(launch):
+    """Rank 0 is elsewhere, and may have its GPUs."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    for local_rank, lines in ((0, 1), (1, 0)):
+        started = launch("--device=cuda", env=dict(
+            RANK=str(2 + local_rank), LOCAL_RANK=str(local_rank), WORLD_SIZE="4", LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT="1"))
+        if lines:
+            assert started.wait() == [2]
+        else:  # waits for torchrun, which ends it
+            time.sleep(5)
+        assert started.stderr().count("error: --device cuda") == lines
+
+
 def test_one_line_of_ours_under_torchrun(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -155,6 +173,29 @@ def test_class_without_images(refused, image_folder):
     (folder / "train/empty").mkdir()
     (folder / "test/empty").mkdir()
     assert "empty" in refused(*FOLDER, f"--data_path={folder}")
+
+
+def test_a_file_name_that_is_not_utf_8(refused, image_folder):
+    folder = image_folder()
+    os.link(folder / "train/red/0.png", os.fsencode(folder / "train/red") + b"/caf\xe9.png")
+    assert "caf\\udce9.png': a name that is not UTF-8" in refused(*FOLDER, f"--data_path={folder}")
+
+
+def run_on_own_machine(flags):
+    os.chdir(f"machine{os.environ['RANK']}")
+    run_template(flags)
+
+
+@pytest.mark.parametrize("size", [16, 72])  # held in memory, and not
+def test_machines_with_other_copies_of_the_data(refused, launch, image_folder, size):
+    own = dict(function=run_on_own_machine, processes=2, arguments=(
+        [*FOLDER, f"--input_size={size}", "--data_path=images", "--stop_after_task=1"],))
+    folders = [image_folder(size=size, name=f"machine{rank}/images") for rank in (0, 1)]
+    file = folders[1] / "train/red/3.png"
+    file.rename(folders[1] / "train/red/30.png")
+    assert "rank 1: other files in images than rank 0 has" in refused(**own)
+    (folders[1] / "train/red/30.png").rename(file)
+    assert launch(**own).wait() == [0, 0]
 
 
 def test_file_that_is_no_image(refused, image_folder):

@@ -4,13 +4,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, read_results
+from conftest import ROOT, SHORT, read_results, run_file
 
 
 def same_model(one, other):
@@ -193,6 +194,30 @@ def test_killed_worker_under_torchrun_max_restarts(finish, tmp_path):
     assert same_model(tmp_path / "run", tmp_path / "expected")
 
 
+def test_a_machine_whose_worker_is_killed_under_max_restarts(finish, tmp_path):
+    """Each of the two agents counts restarts for itself; their workers must find each other."""
+    expected = finish(*SHORT, "--output_dir=expected", processes=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agents = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+         "--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+         "--local_addr=127.0.0.1", str(ROOT / "template.py"), *SHORT, "--output_dir=run", "--resume"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    log = tmp_path / "run/log.jsonl"
+    for _ in range(1200):
+        if log.exists() and log.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.05)
+    worker, = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(worker), signal.SIGKILL)
+    outputs = [agent.communicate(timeout=150)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert read_results(tmp_path / "run") == expected
+    assert same_model(tmp_path / "run", tmp_path / "expected")
+
+
 @pytest.mark.parametrize("flags", [["--output_dir=run"], ["--output_dir=run", "--resume"]])
 def test_a_folder_whose_checkpoint_is_gone_is_left_alone(launch, finish, tmp_path, flags):
     finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
@@ -203,6 +228,20 @@ def test_a_folder_whose_checkpoint_is_gone_is_left_alone(launch, finish, tmp_pat
         started = launch(*SHORT, *flags)
         assert started.wait() == [2] and "--resume" in started.stderr()
         assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("changed", [
+    ["tutorial.methods.frozen", "--seed=1"], ["tutorial.methods.frozen", "--head=ridge"], ["template.py"]])
+def test_a_finished_run_without_checkpoint_is_left_alone(launch, tmp_path, changed):
+    """A frozen network that nothing adapts never calls `fit`, so it writes none."""
+    flags = ["--output_dir=run", "--no_plots"]
+    first = launch(function=run_file, arguments=(ROOT, "tutorial.methods.frozen", flags))
+    assert first.wait() == [0], first.stderr()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    name, *other = changed
+    again = launch(function=run_file, arguments=(ROOT, name, [*flags, "--resume", *other]))
+    assert again.wait() == [2] and "--resume: run holds a run with " in again.stderr()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_copy_goes_by_its_own_name(tmp_path):

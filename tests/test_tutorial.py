@@ -669,6 +669,18 @@ def test_a_tenth_of_the_training_images_is_held_out(tmp_path, image_folder, laun
         assert words in capsys.readouterr().err
 
 
+def test_held_out_classes_keep_their_numbers(tmp_path, monkeypatch):
+    """Fashion-MNIST begins with a T-shirt/top, and ends with an Ankle boot."""
+    x, y = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3), np.arange(20) // 10
+    monkeypatch.setattr(utils, "load_data", lambda args: ([(x, y), (x, y)], ["T-shirt/top", "Ankle boot"]))
+    hold_out.hold_out(SimpleNamespace(), tmp_path / "new")
+    splits, names = utils.load_folder(SimpleNamespace(data_path=tmp_path / "new", data_set="image_folder"))
+    assert names == ["0000 T-shirt or top", "0001 Ankle boot"]
+    for path, label in zip(*splits[0]):
+        with Image.open(path) as image:
+            assert np.asarray(image)[0, 0, 0] // 10 == label
+
+
 def test_the_commands_of_chapter_14_run(tmp_path, launch):
     """All of them, one after the other, but with short training."""
     text = "\n".join(blocks((ROOT / "tutorial/14_use_the_model.md").read_text(), "bash"))

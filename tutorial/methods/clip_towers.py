@@ -113,15 +113,19 @@ def load(args):
     return ClipTowers(clip, args, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
+def load_weights(clip, args):
+    try:
+        clip.load_state_dict(torch.load(args.clip_weights, weights_only=True))
+    except Exception as error:
+        raise utils.InputError(f"--clip_weights {args.clip_weights}: not written by "
+                               f"tutorial.methods.tiny_clip ({type(error).__name__})") from None
+
+
 def load_tiny(args):
     """The tiny CLIP: out of the file --clip_weights, or trained now by rank 0, for all."""
     clip = import_open_clip().CLIP(**tiny_clip.CONFIG)
     if args.clip_weights != "openai":
-        try:
-            clip.load_state_dict(torch.load(args.clip_weights, weights_only=True))
-        except Exception as error:
-            utils.fail(f"--clip_weights {args.clip_weights}: not written by "
-                       f"tutorial.methods.tiny_clip ({type(error).__name__})")
+        utils.together(lambda: load_weights(clip, args), args)  # not all machines may have the file
     elif args.rank == 0:
         clip = tiny_clip.train(args)
     clip.to(args.device)

@@ -34,7 +34,7 @@ class FrozenModel(CilModel):
 
 
 def check_memory(width, args):
-    """End, with one line, if the Gram matrices and what it takes to solve them cannot fit."""
+    """InputError: the Gram matrices and what it takes to solve them do not fit into memory."""
     # In float64 two matrices that stay, and three to solve with.
     need, here = 40 * width ** 2, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size = getattr(os, "sysconf", lambda _: 2 ** 31)  # (Windows does not say)
@@ -42,7 +42,8 @@ def check_memory(width, args):
     if args.device.type == "cuda":
         have = torch.cuda.get_device_properties(args.device).total_memory
     if need > have:
-        utils.fail(f"--projection {width} takes {need / 1e9:.1f} GB, and there are {have / 1e9:.0f}")
+        raise utils.InputError(
+            f"--projection {width} takes {need / 1e9:.1f} GB, and there are {have / 1e9:.0f}")
 
 
 def solve(sums, ridge):
@@ -73,7 +74,7 @@ class Frozen(CilTrainer):
         self.teacher, args, fc = None, self.args, self.model.fc
         if self.task == 0:
             width = args.projection if args.head == "ridge" else 0
-            check_memory(width or fc.embed_dim, args)
+            utils.together(lambda: check_memory(width or fc.embed_dim, args), args)
             if args.adapt:
                 super().train_task(train_set)
             if width:

@@ -28,6 +28,9 @@ def hold_out(args, folder):
         utils.fail(f"class {few[0]} has fewer than ten training images, and one in ten is held out")
     if folder.exists():
         utils.fail(f"{folder} is there already: name a new folder")
+    if names != sorted(names):  # a folder numbers its classes by their sorted names
+        names = [f"{label:04} {name}" for label, name in enumerate(names)]
+    names = [name.replace("/", " or ") for name in names]  # Fashion-MNIST has a "T-shirt/top"
     held = np.zeros(len(y), dtype=bool)
     for label in range(len(names)):
         held[np.flatnonzero(y == label)[9::10]] = True
