@@ -15,8 +15,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from tutorial.tools.reproduce import ROOT, load
 from tutorial.tools.tables import (
-    ABLATION, BLUE, CIFAR_MEMORIES, CIFAR_METHODS, GREEN, GREY, LOSSES, MEMORIES, ORANGE, PINK, RED,
-    measured, poster)
+    ABLATION, BLUE, CIFAR_MEMORIES, CIFAR_METHODS, EPOCHS, GREEN, GREY, LONG, LOSSES, MEMORIES, ORANGE,
+    PINK, RED, measured, poster)
 
 IMAGES = ROOT / "tutorial/img"
 WIDTH = 5  # of every picture, in inches: on a phone, 358 pixels wide, 9 points are 9 pixels high
@@ -79,6 +79,42 @@ def draw_cifar100_methods():
                                "one seed")
     axes.set_ylim(30, 80)
     figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_cifar100_60():
+    """CIFAR-100 with 60 epochs a task: accuracy after each task, a line for each method."""
+    rows = [(label, load(f"cifar100_{name}_60"), colour, "-") for name, label, colour in LONG]
+    rows = [row for row in rows if row[1]]  # not all of them have been made
+    figure, axes = draw_curves(rows, "CIFAR-100, 50 + 5 x 10 classes,\n60 epochs a task, one seed")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_epochs():
+    """Above: what epochs are worth to WA and to replay, and PyCIL's hollow. Below: WA's gammas."""
+    figure, (accuracy, gamma) = new_figure(7, 2)
+    others = {row["method"]: row for row in measured("published")["rows"]
+              if row["protocol"] == "base 50, increment 10"}
+    for name, other, colour in (("WA", "WA (PyCIL)", GREEN), ("replay", "replay", RED)):
+        runs = [load(f"cifar100_{name.lower()}{end}")[0] for _, end in EPOCHS]
+        for key, field, style in (("average", "average_incremental_accuracy", "o-"),
+                                  ("last", "last_accuracy", "s--")):
+            accuracy.plot([n for n, _ in EPOCHS], [run[field] for run in runs], style,
+                          color=colour, label=f"{name}, {key}")
+            accuracy.plot(others[other]["epochs"], others[other][key], style[0], color=colour,
+                          mfc="white")
+    accuracy.set(xscale="log", xticks=(20, 60, 170), xticklabels=(20, 60, 170), ylim=(37, 71),
+                 xlabel="epochs a task (hollow: PyCIL's)", ylabel="accuracy (%)",
+                 title="CIFAR-100, 50 + 5 x 10 classes, one seed")
+    accuracy.minorticks_off()
+    accuracy.legend(ncols=2, loc="upper left")
+    for (n, end), colour in zip(EPOCHS, (ORANGE, BLUE)):
+        found = load(f"cifar100_wa{end}")[0]["gammas"]
+        gamma.plot(range(2, len(found) + 2), found, "o-", color=colour, label=f"{n} epochs a task")
+    gamma.axhline(1, color="k", lw=0.8)
+    gamma.set(xticks=range(2, len(found) + 2), xlabel="task", ylabel="γ of WA")
+    gamma.legend()
     return figure
 
 
@@ -758,12 +794,12 @@ def draw_transforms(data_path):
     return figure
 
 
-PICTURES = [draw_digits, draw_cifar100, draw_cifar100_methods, draw_forgetting, draw_confusion,
-            draw_exemplars, draw_norms, draw_border, draw_temperature, draw_speed, draw_stages, draw_loop,
-            draw_model, draw_teacher, draw_prototypes, draw_ddp, draw_icarl, draw_lucir,
-            draw_podnet, draw_aanets, draw_alphas, draw_cross_task_loss, draw_cross_task,
-            draw_cross_task_cifar100, draw_itaml, draw_continuum, draw_alta, draw_alta_digits,
-            draw_der, draw_frozen]
+PICTURES = [draw_digits, draw_cifar100, draw_cifar100_60, draw_epochs, draw_cifar100_methods,
+            draw_forgetting, draw_confusion, draw_exemplars, draw_norms, draw_border,
+            draw_temperature, draw_speed, draw_stages, draw_loop, draw_model, draw_teacher,
+            draw_prototypes, draw_ddp, draw_icarl, draw_lucir, draw_podnet, draw_aanets,
+            draw_alphas, draw_cross_task_loss, draw_cross_task, draw_cross_task_cifar100,
+            draw_itaml, draw_continuum, draw_alta, draw_alta_digits, draw_der, draw_frozen]
 PICTURES_OF_CIFAR = [draw_data_sets, draw_transforms]
 
 

@@ -18,8 +18,8 @@ from tutorial.tools.reproduce import RESULTS, ROOT, load
 
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "tutorial").rglob("*.md"))]
 # The colours of the pictures, which are told apart by everyone; the lists below name them.
-GREY, RED, BLUE, PINK, GREEN, ORANGE = (
-    "#777777", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00")
+GREY, RED, BLUE, PINK, GREEN, ORANGE, BLACK = (
+    "#777777", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00", "#000000")
 
 # WA's ablations: name of the group, label, flags on top of the defaults, colour in the pictures.
 ABLATION = [("finetune", "finetune", "--memory_size 0 --lambda_kd 0 --no_align", GREY),
@@ -213,15 +213,15 @@ def cifar100():
     return table(["method", *[f"{n} classes" for n in classes], "average"], rows)
 
 
-# The runs with 60 epochs a task: name of the group, label.
-LONG = [*((name, label) for name, label, *_ in ABLATION), ("frozen_means", "frozen backbone, class means"),
-        ("frozen_ridge", "frozen backbone, ridge")]
+# The runs with 60 epochs a task: name of the group, label, colour in the picture.
+LONG = [*((name, label, colour) for name, label, _, colour in ABLATION),
+        ("frozen_means", "frozen backbone, class means", ORANGE), ("frozen_ridge", "frozen backbone, ridge", BLACK)]
 
 
 def cifar100_60():
     """Accuracy after each task on CIFAR-100 with 60 epochs a task, and what it costs."""
     rows = []
-    for name, label in LONG:
+    for name, label, _ in LONG:
         for run in load(f"cifar100_{name}_60"):  # (Not all of them have been made.)
             # An image has 32 x 32 pixels of three bytes.
             rows.append([label, *(f"{a:.1f}" for a in (*run["acc1s"], run["average_incremental_accuracy"], run["forgetting"])),
@@ -231,6 +231,25 @@ def cifar100_60():
                 rows.append([f"γ of {label.split(':')[0]}", "", *(f"{g:.2f}" for g in run["gammas"]), *[""] * 5])
     return table(["method", *(f"{n} classes" for n in np.cumsum(run["increments"])), "average (%)", "forgetting (points)",
                   "minutes", "million weights", "MB of images"], rows)
+
+
+# WA and plain replay with more and more epochs a task: epochs, how the names of their groups end.
+EPOCHS = [(20, ""), (60, "_60")]
+
+
+def epochs():
+    """What the number of epochs is worth to WA, and to replay without KD and alignment."""
+    rows = []
+    for n, end in EPOCHS:
+        wa, replay = (load(f"cifar100_{name}{end}")[0] for name in ("wa", "replay"))
+        rows.append([n, *(f"{run[key]:.1f}" for key in ("average_incremental_accuracy", "last_accuracy") for run in (replay, wa)),
+                     f"{wa['last_accuracy'] - replay['last_accuracy']:+.1f}", f"{wa['gammas'][0]:.2f}", f"{wa['gammas'][-1]:.2f}"])
+    found = {row["method"]: row for row in measured("published")["rows"] if row["protocol"] == "base 50, increment 10"}
+    wa, replay = found["WA (PyCIL)"], found["replay"]
+    rows.append([f"PyCIL: {wa['epochs']} (replay: {replay['epochs']})", *(f"{row[key]:.1f}" for key in ("average", "last") for row in (replay, wa)),
+                 f"{wa['last'] - replay['last']:+.1f}", "", ""])
+    return table(["epochs a task", "replay: average (%)", "WA: average (%)", "replay: last (%)", "WA: last (%)",
+                  "WA minus replay, last", "γ of task 2", "γ of task 6"], rows)
 
 
 # What is told of a run after its second task: the column, and the number of a run.
@@ -791,7 +810,7 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    loop, settings, digits, orders, orders_by_seed, cifar100, cifar100_60, validation, more_epochs, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
+    loop, settings, digits, orders, orders_by_seed, cifar100, cifar100_60, epochs, validation, more_epochs, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
     awareness_cifar100, compared,
     compared_by_seed, published,
     runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
