@@ -649,8 +649,9 @@ def build_scenarios(args):
     """Two `Scenario`s, train and test, with the same tasks."""
     splits, class_names = together(lambda: load_data(args), args)  # not all machines may have it
     prints = [fingerprint(x, y) for x, y in splits]
-    problem = first_problem(None if prints == from_rank_0(prints, args) else
-                            f"other files in {args.data_path} than rank 0 has: copy them again", args)
+    problem = None if prints == from_rank_0(prints, args) else (
+        f"other files in {args.data_path} than rank 0 has: copy them again")
+    problem = first_problem(problem, args)
     if problem:
         fail(problem)
     (_, train_y), (_, test_y) = splits
