@@ -421,28 +421,22 @@ def from_rank_0(value, args):
     return box[0]
 
 
-def first_problem(problem, args):
-    """What went wrong (a text, or None) on the first rank where something did; the same on every
-    rank. So `fail` says once what some ranks have seen, and none waits for a rank that left."""
+def together(make, args):
+    """make() on every rank. Where it raises InputError on some, all end with one line, which says
+    what the first of them saw; so none waits for a rank that left."""
+    made = problem = None
+    try:
+        made = make()
+    except InputError as error:
+        problem = str(error)
     problems = [problem]
     if args.distributed:
         if problem and args.rank:
             problem = f"rank {args.rank}: {problem}"  # perhaps on another machine
         problems = [None] * args.world_size
         dist.all_gather_object(problems, problem)
-    return next(filter(None, problems), None)
-
-
-def together(make, args):
-    """make() on every rank. Where it raises InputError on some, all end, with one line."""
-    made = problem = None
-    try:
-        made = make()
-    except InputError as error:
-        problem = error
-    problem = first_problem(problem and str(problem), args)
-    if problem:
-        fail(problem)
+    if any(problems):
+        fail(next(filter(None, problems)))
     return made
 
 
@@ -617,6 +611,13 @@ def fingerprint(x, labels):
     return zlib.crc32(labels.tobytes() + names.encode())
 
 
+def compare_copies(splits, args):
+    """InputError: this machine has other labels or files than that of rank 0."""
+    prints = [fingerprint(x, labels) for x, labels in splits]
+    if prints != from_rank_0(prints, args):
+        raise InputError(f"other files in {args.data_path} than rank 0 has: copy them again")
+
+
 class Scenario:
     """continuum's `ClassIncremental`, over row numbers: `images(t)` are the images of task t.
 
@@ -648,12 +649,7 @@ class Scenario:
 def build_scenarios(args):
     """Two `Scenario`s, train and test, with the same tasks."""
     splits, class_names = together(lambda: load_data(args), args)  # not all machines may have it
-    prints = [fingerprint(x, y) for x, y in splits]
-    problem = None if prints == from_rank_0(prints, args) else (
-        f"other files in {args.data_path} than rank 0 has: copy them again")
-    problem = first_problem(problem, args)
-    if problem:
-        fail(problem)
+    together(lambda: compare_copies(splits, args), args)
     (_, train_y), (_, test_y) = splits
     total, counts = len(class_names), np.bincount(train_y)
     first, increment, wrong = args.num_bases or args.increment, args.increment, []

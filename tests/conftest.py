@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, and the same sums in
 SILENT = SimpleNamespace(begin_epoch=lambda trainer: None, due=lambda: False)
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["template", "continuum"])
+CONTEXT.set_forkserver_preload(["template", "continuum", "timm.data", "timm.utils", "sklearn.datasets"])
 
 # A whole run in about two seconds: 4 + 3 + 3 classes of digits, two epochs for each.
 SHORT = ["--num_bases=4", "--increment=3", "--num_epochs=2", "--no_plots"]
@@ -88,13 +89,31 @@ def quarter_digits():
     utils.load_digits = lambda: [(x[::4], y[::4]), test]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(folder, launcher, *flags):
+    """A started `torchrun LAUNCHER template.py FLAGS`, in a folder; its output in one pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "template.py"), *flags],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def two_machines(folder, launcher, *flags):
+    """Two such agents, as on two machines with a process each; they meet at a free port."""
+    launcher = [*launcher, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                "--local_addr=127.0.0.1", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    return [torchrun(folder, launcher, *flags) for _ in range(2)]
+
+
 class Launch:
     """One or more started processes with their output. `wait` returns the list of exit codes."""
 
     def __init__(self, folder, function, arguments, processes, env):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.folder = Path(folder)
         self.out, self.err = self.folder / "stdout.txt", self.folder / "stderr.txt"
         self.out.unlink(missing_ok=True)

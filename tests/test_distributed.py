@@ -1,6 +1,5 @@
 """The number of processes must not change the experiment."""
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, read_results
+from conftest import ROOT, SHORT
 
 
 def examine(flags, folder):
@@ -130,20 +129,3 @@ def test_torchrun_with_one_machine_leaves_its_files(tmp_path):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [(line["task"], line["epoch"]) for line in lines] == [
         (task, epoch) for task in range(1, 5) for epoch in (1, 2)]
-
-
-def test_two_machines(tmp_path, finish):
-    """Two torchrun agents on localhost, each with one process; both get all exemplars."""
-    import socket
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    agents = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-         "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
-         str(ROOT / "template.py"), *SHORT, "--output_dir=run"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    outputs = [agent.communicate(timeout=150)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert read_results(tmp_path / "run") == finish(*SHORT, "--output_dir=spawned", processes=2)

@@ -91,16 +91,24 @@ def test_flags_that_cannot_be(refused, flags, words):
 
 
 def problems_of_two_ranks(folder):
-    args = utils.setup(utils.get_parser().parse_args([]))
-    heard = [utils.first_problem(problem, args) for problem in (
-        None, "x" if args.rank == 1 else None, "y" if args.rank == 0 else None, f"z{args.rank}")]
+    """In each process: what `fail` is told, while the program goes on, and what comes back."""
+    args, heard = utils.setup(utils.get_parser().parse_args([])), []
+    utils.fail = heard.append
+
+    def make(problem):
+        if problem:
+            raise utils.InputError(problem)
+        return args.rank
+
+    for problem in (None, "x" if args.rank == 1 else None, "y" if args.rank == 0 else None, f"z{args.rank}"):
+        heard.append(utils.together(lambda: make(problem), args))
     Path(folder, f"rank{args.rank}").write_text(json.dumps(heard))
 
 
 def test_all_ranks_hear_of_the_first_problem(launch, tmp_path):
     assert launch(function=problems_of_two_ranks, arguments=(str(tmp_path),), processes=2).wait() == [0, 0]
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"rank{rank}").read_text()) == [None, "rank 1: x", "y", "z0"]
+    heard = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    assert heard == [[0, "rank 1: x", 0, "y", None, "z0", None], [1, "rank 1: x", None, "y", 1, "z0", None]]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -4,14 +4,12 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, read_results, run_file
+from conftest import ROOT, SHORT, read_results, run_file, torchrun, two_machines
 
 
 def same_model(one, other):
@@ -172,48 +170,29 @@ def test_resume_without_output_dir_finds_the_newest_run(finish, tmp_path, refere
     assert read_results(run) == reference[1]
 
 
-def test_killed_worker_under_torchrun_max_restarts(finish, tmp_path):
-    """torchrun starts the same command again, which goes on from the checkpoint."""
-    expected = finish(*SHORT, "--output_dir=expected", processes=2)
-    torchrun = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2",
-         "--standalone", str(ROOT / "template.py"), *SHORT, "--output_dir=run", "--resume"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = tmp_path / "run/log.jsonl"
+def kill_a_worker(agent, log):
+    """Kill the last process that a torchrun started, once the run has ended its third epoch."""
     for _ in range(1200):
         if log.exists() and log.read_text().count("\n") >= 3:
             break
         time.sleep(0.05)
-    workers = [int(pid) for pid in subprocess.run(
-        ["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    output, _ = torchrun.communicate(timeout=120)
-    assert torchrun.returncode == 0, output
-    assert read_results(tmp_path / "run") == expected
-    assert same_model(tmp_path / "run", tmp_path / "expected")
+    workers = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout
+    os.kill(int(workers.split()[-1]), signal.SIGKILL)
 
 
-def test_a_machine_whose_worker_is_killed_under_max_restarts(finish, tmp_path):
-    """Each of the two agents counts restarts for itself; their workers must find each other."""
+@pytest.mark.parametrize("machines", [1, 2])
+def test_killed_worker_under_torchrun_max_restarts(finish, tmp_path, machines):
+    """torchrun starts the same command again, which goes on from the checkpoint. On two machines
+    each agent counts the restarts for itself, and their workers must find each other."""
     expected = finish(*SHORT, "--output_dir=expected", processes=2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    agents = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-         "--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
-         "--local_addr=127.0.0.1", str(ROOT / "template.py"), *SHORT, "--output_dir=run", "--resume"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    log = tmp_path / "run/log.jsonl"
-    for _ in range(1200):
-        if log.exists() and log.read_text().count("\n") >= 3:
-            break
-        time.sleep(0.05)
-    worker, = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(worker), signal.SIGKILL)
+    flags = [*SHORT, "--output_dir=run", "--resume"]
+    if machines == 1:
+        agents = [torchrun(tmp_path, ["--max-restarts=2", "--nproc_per_node=2", "--standalone"], *flags)]
+    else:
+        agents = two_machines(tmp_path, ["--max-restarts=2"], *flags)
+    kill_a_worker(agents[-1], tmp_path / "run/log.jsonl")
     outputs = [agent.communicate(timeout=150)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert {agent.returncode for agent in agents} == {0}, outputs
     assert read_results(tmp_path / "run") == expected
     assert same_model(tmp_path / "run", tmp_path / "expected")
 
@@ -244,12 +223,9 @@ def test_a_finished_run_without_checkpoint_is_left_alone(launch, tmp_path, chang
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
-def test_a_copy_goes_by_its_own_name(tmp_path):
-    for name in ("template", "utils", "resnet"):
-        target = "mine" if name == "template" else name
-        (tmp_path / f"{target}.py").write_text((ROOT / f"{name}.py").read_text())
-    done = subprocess.run([sys.executable, "mine.py", *SHORT, "--stop_after_task=1"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr
+def test_a_copy_goes_by_its_own_name(launch, tmp_path):
+    (tmp_path / "mine.py").write_text((ROOT / "template.py").read_text())
+    started = launch(function=run_file, arguments=(tmp_path, "mine.py", [*SHORT, "--stop_after_task=1"]))
+    assert started.wait() == [0], started.stderr()
     run, = (tmp_path / "runs").iterdir()
     assert run.name.startswith("mine_digits_") and read_results(run)["method"] == "mine"

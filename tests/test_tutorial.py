@@ -391,7 +391,7 @@ def test_ctrl_c_or_a_kill_leaves_no_run_behind(tmp_path, number):
                                start_new_session=True)
     run = tmp_path / "runs/reproduce/digits_finetune_seed0"
     try:
-        while not (run / "checkpoint.pt").exists():
+        while not (run / "log.jsonl").exists():
             assert command.poll() is None
             time.sleep(0.1)
         if number == signal.SIGINT:  # the keyboard's goes to the children, too
@@ -429,7 +429,7 @@ def run_recipe(folder, program, flags, die_after=None):
 # A recipe, its flags, the stages of its tasks, and an epoch, counted from the run's first, to be
 # killed after: in the second task, where there are two stages in the second one.
 @pytest.mark.parametrize("program, flags, stages, epoch", [
-    ("sampler.py", [], {1}, 3), ("two_fits.py", ["--no_align", "--num_epochs=4"], {1, 2}, 9),
+    ("sampler.py", [], {1}, 3), ("two_fits.py", ["--no_align", "--num_epochs=4", "--batch_size=32"], {1, 2}, 9),
     ("bic.py", ["--no_align", "--lambda_kd=dynamic"], {1, 2}, 5)])
 def test_the_recipes_of_chapter_13_run_and_can_be_resumed(tmp_path, launch, program, flags, stages, epoch):
     (tmp_path / program).write_text(reproduce.changed_template(program))

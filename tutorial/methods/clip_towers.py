@@ -114,6 +114,7 @@ def load(args):
 
 
 def load_weights(clip, args):
+    """The file --clip_weights into the tiny CLIP. InputError: it holds something else."""
     try:
         clip.load_state_dict(torch.load(args.clip_weights, weights_only=True))
     except Exception as error:

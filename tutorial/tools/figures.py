@@ -15,8 +15,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from tutorial.tools.reproduce import ROOT, load
 from tutorial.tools.tables import (
-    ABLATION, BLUE, CIFAR_MEMORIES, CIFAR_METHODS, EPOCHS, GREEN, GREY, LONG, LOSSES, MEMORIES, ORANGE,
-    PINK, RED, measured, poster)
+    ABLATION, BLUE, CIFAR_MEMORIES, CIFAR_METHODS, EPOCHS, GREEN, GREY, LONG, LOSSES, MEMORIES,
+    ORANGE, PINK, RED, measured, poster, published_by_method)
 
 IMAGES = ROOT / "tutorial/img"
 WIDTH = 5  # of every picture, in inches: on a phone, 358 pixels wide, 9 points are 9 pixels high
@@ -94,8 +94,7 @@ def draw_cifar100_60():
 def draw_epochs():
     """Above: what epochs are worth to WA and to replay, and PyCIL's hollow. Below: WA's gammas."""
     figure, (accuracy, gamma) = new_figure(7, 2)
-    others = {row["method"]: row for row in measured("published")["rows"]
-              if row["protocol"] == "base 50, increment 10"}
+    others = published_by_method()
     for name, other, colour in (("WA", "WA (PyCIL)", GREEN), ("replay", "replay", RED)):
         runs = [load(f"cifar100_{name.lower()}{end}")[0] for _, end in EPOCHS]
         for key, field, style in (("average", "average_incremental_accuracy", "o-"),

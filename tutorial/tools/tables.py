@@ -233,6 +233,12 @@ def cifar100_60():
                   "minutes", "million weights", "MB of images"], rows)
 
 
+def published_by_method():
+    """What others published for 50 + 5 x 10 classes: the row of each method."""
+    return {row["method"]: row for row in measured("published")["rows"]
+            if row["protocol"] == "base 50, increment 10"}
+
+
 # WA and plain replay with more and more epochs a task: epochs, how the names of their groups end.
 EPOCHS = [(20, ""), (60, "_60")]
 
@@ -244,7 +250,7 @@ def epochs():
         wa, replay = (load(f"cifar100_{name}{end}")[0] for name in ("wa", "replay"))
         rows.append([n, *(f"{run[key]:.1f}" for key in ("average_incremental_accuracy", "last_accuracy") for run in (replay, wa)),
                      f"{wa['last_accuracy'] - replay['last_accuracy']:+.1f}", f"{wa['gammas'][0]:.2f}", f"{wa['gammas'][-1]:.2f}"])
-    found = {row["method"]: row for row in measured("published")["rows"] if row["protocol"] == "base 50, increment 10"}
+    found = published_by_method()
     wa, replay = found["WA (PyCIL)"], found["replay"]
     rows.append([f"PyCIL: {wa['epochs']} (replay: {replay['epochs']})", *(f"{row[key]:.1f}" for key in ("average", "last") for row in (replay, wa)),
                  f"{wa['last'] - replay['last']:+.1f}", "", ""])
@@ -810,13 +816,15 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    loop, settings, digits, orders, orders_by_seed, cifar100, cifar100_60, epochs, validation, more_epochs, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
-    awareness_cifar100, compared,
-    compared_by_seed, published,
-    runs, ranks, speed, loading, processes, methods, cifar100_methods, aanets, base_50, cross_task,
-    cross_task_by_seed, cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100, cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100,
-    itaml_published, alta, ideas_by_seed, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed, der_by_seed, alta_speed, der, der_published,
-    frozen, frozen_by_seed, frozen_clip, frozen_when, frozen_cifar100, frozen_published)}
+    loop, settings, digits, orders, orders_by_seed, cifar100, cifar100_60, epochs, validation,
+    more_epochs, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
+    awareness_cifar100, compared, compared_by_seed, published, runs, ranks, speed, loading,
+    processes, methods, cifar100_methods, aanets, base_50, cross_task, cross_task_by_seed,
+    cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100,
+    cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100, itaml_published, alta,
+    ideas_by_seed, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed,
+    der_by_seed, alta_speed, der, der_published, frozen, frozen_by_seed, frozen_clip, frozen_when,
+    frozen_cifar100, frozen_published)}
 
 
 def value(name, key):
