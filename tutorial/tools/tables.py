@@ -7,6 +7,7 @@ A table stands between <!-- table NAME --> and <!-- end -->, a single number bet
 number in a text can differ from its file.
 """
 import argparse
+import importlib
 import json
 import re
 
@@ -147,7 +148,7 @@ def loop():
 
 
 def settings():
-    """The defaults of WA for the two data sets of the book, and where each is explained."""
+    """The defaults of WA for the data sets of the book, and where each is explained."""
     rows = [("network", "backbone", 3), ("side of an image, pixels", "input_size", 2),
             ("classes of the first task", "num_bases", 2), ("classes of each further task", "increment", 2),
             ("order of the classes", "class_order", 2), ("augmentation beside shift and flip", "aa", 2),
@@ -158,12 +159,48 @@ def settings():
             ("the same number per class from the start", "fixed_memory", 6),
             ("choice of exemplars", "herding_method", 6), ("no weight alignment", "no_align", 8)]
     parser, names = utils.get_parser(), {path.name[:2]: path.name for path in TEXTS}
-    presets = [vars(utils.fill_in(parser.parse_args(["--data_set", name]))) for name in ("digits", "cifar100")]
+    presets = [vars(utils.fill_in(parser.parse_args(["--data_set", name]))) for name in ("digits", "cifar100", "image_folder")]
     words = {True: "yes", False: "no"}
-    return table(["setting", "flag", "digits", "CIFAR-100", "chapter"], [
+    return table(["setting", "flag", "digits", "CIFAR-100", "a folder of images", "chapter"], [
         [label, f"`--{flag}`", *(words.get(preset[flag], preset[flag]) if isinstance(preset[flag], bool)
                                  else preset[flag] for preset in presets),
          f"[{chapter}]({names[f'{chapter:02d}']})"] for label, flag, chapter in rows], left=2)
+
+
+def memory_by_seed():
+    return of_digits(*((f"{label} minus herding", name, "wa") for label, name in (
+        ("nearest to the class mean", "cluster"), ("random", "random"), ("least certain", "entropy"),
+        ("fixed memory", "fixed"))))
+
+
+def alignment_by_seed():
+    """What alignment brings, without KD and with it."""
+    return of_digits(("replay + alignment minus replay", "replay_align", "replay"),
+                     ("WA minus replay + KD", "wa", "replay_kd"))
+
+
+# The methods that train, or freeze, a network of the template's kind: name, module.
+MODULES = [("WA", "template"), *((name, f"tutorial.methods.{module}") for name, module in (
+    ("iCaRL", "icarl"), ("LUCIR", "lucir"), ("PODNet", "podnet"), ("AANets", "aanets"), ("BAL_FT", "bal_ft"),
+    ("iTAML", "itaml"), ("DER", "der"), ("frozen backbone", "frozen")))]
+
+
+def presets():
+    """The defaults in which the methods differ, on two data sets."""
+    rows = []
+    for data_set, title, classes in (("digits", "digits", 10), ("cifar100", "CIFAR-100", 100)):
+        for name, module in MODULES:
+            module = importlib.import_module(module)
+            parser = getattr(module, "get_parser", utils.get_parser)()
+            found = vars(utils.fill_in(parser.parse_args(["--data_set", data_set])))
+            size, second = found["memory_size"], found.get("num_epochs_ft")
+            kept = "none" if not size else f"{size // classes} per class" if found["fixed_memory"] else f"{size} in all"
+            tasks = " + ".join(map(str, [found["num_bases"] or found["increment"], found["increment"], "…"]))
+            rows.append([title, name, found["backbone"], tasks, found["num_epochs"],
+                         f"{second} at {found['lr_ft']}" if second else "", found["lr"],
+                         found["weight_decay"], kept, "no" if found["aa"] == "none" else "yes"])
+    return table(["data", "method", "network", "classes", "epochs", "second stage", "learning rate", "weight decay",
+                  "exemplars", "RandAugment"], rows, left=4)
 
 
 def memory():
@@ -816,7 +853,7 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    loop, settings, digits, orders, orders_by_seed, cifar100, cifar100_60, epochs, validation,
+    loop, settings, presets, memory_by_seed, alignment_by_seed, digits, orders, orders_by_seed, cifar100, cifar100_60, epochs, validation,
     more_epochs, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
     awareness_cifar100, compared, compared_by_seed, published, runs, ranks, speed, loading,
     processes, methods, cifar100_methods, aanets, base_50, cross_task, cross_task_by_seed,
