@@ -150,8 +150,8 @@ def loop():
 def settings():
     """The defaults of WA for the data sets of the book, and where each is explained."""
     rows = [("network", "backbone", 3), ("side of an image, pixels", "input_size", 2),
-            ("classes of the first task", "num_bases", 2), ("classes of each further task", "increment", 2),
-            ("order of the classes", "class_order", 2), ("augmentation beside shift and flip", "aa", 2),
+            ("classes of the first task (0: as many as in each further one)", "num_bases", 2), ("classes of each further task", "increment", 2),
+            ("order of the classes", "class_order", 2), ("augmentation beside crop and flip", "aa", 2),
             ("images in a batch, over all processes", "batch_size", 11), ("epochs per task", "num_epochs", 4),
             ("learning rate at the start", "lr", 4), ("momentum", "momentum", 4), ("weight decay", "weight_decay", 4),
             ("label smoothing", "smooth", 4), ("weight λ of the distillation", "lambda_kd", 7),
