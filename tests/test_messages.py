@@ -201,15 +201,14 @@ def test_a_signal_before_anything_is_saved(launch, tmp_path):
     assert started.stderr() == "ended by SIGINT: nothing is saved yet\n"
 
 
-def test_loading_processes_may_end(image_folder, tmp_path):
+def test_loading_processes_may_end(launch, image_folder, tmp_path):
     """Their end is a signal, too, which is not meant for the run."""
     flags = ["--data_set=image_folder", f"--data_path={image_folder()}", "--backbone=resnet20",
              "--input_size=16", "--num_bases=2", "--increment=1", "--batch_size=4", "--num_epochs=1",
              "--memory_size=8", "--reprob=0.1", "--aa=none", "--num_workers=1", "--no_plots",
              "--output_dir=run"]
-    done = subprocess.run([sys.executable, str(ROOT / "template.py"), *flags], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr
+    started = launch(function=run_file, arguments=(ROOT, "template.py", flags))
+    assert started.wait() == [0], started.stderr()
     assert read_results(tmp_path / "run")["finished"]
 
 

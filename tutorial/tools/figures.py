@@ -103,12 +103,13 @@ def draw_epochs():
                           color=colour, label=f"{name}, {key}")
             accuracy.plot(others[other]["epochs"], others[other][key], style[0], color=colour,
                           mfc="white")
-    accuracy.set(xscale="log", xticks=(20, 60, 170), xticklabels=(20, 60, 170), ylim=(37, 71),
+    shown = (*(n for n, _ in EPOCHS), 170)
+    accuracy.set(xscale="log", xticks=shown, xticklabels=shown, ylim=(37, 71),
                  xlabel="epochs a task (hollow: PyCIL's)", ylabel="accuracy (%)",
                  title="CIFAR-100, 50 + 5 x 10 classes, one seed")
     accuracy.minorticks_off()
     accuracy.legend(ncols=2, loc="upper left")
-    for (n, end), colour in zip(EPOCHS, (ORANGE, BLUE)):
+    for (n, end), colour in zip(EPOCHS, (ORANGE, BLUE, PINK)):
         found = load(f"cifar100_wa{end}")[0]["gammas"]
         gamma.plot(range(2, len(found) + 2), found, "o-", color=colour, label=f"{n} epochs a task")
     gamma.axhline(1, color="k", lw=0.8)
