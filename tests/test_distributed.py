@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT
+from conftest import ROOT, SHORT, read_results, two_machines
 
 
 def examine(flags, folder):
@@ -129,3 +129,11 @@ def test_torchrun_with_one_machine_leaves_its_files(tmp_path):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [(line["task"], line["epoch"]) for line in lines] == [
         (task, epoch) for task in range(1, 5) for epoch in (1, 2)]
+
+
+def test_two_machines(tmp_path, finish):
+    """Two torchrun agents on localhost, each with one process; both get all exemplars."""
+    agents = two_machines(tmp_path, [], *SHORT, "--output_dir=run")
+    outputs = [agent.communicate(timeout=150)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert read_results(tmp_path / "run") == finish(*SHORT, "--output_dir=spawned", processes=2)

@@ -1444,7 +1444,7 @@ def test_frozen_modules_rest_and_learn_again():
     ("der", ["--memory_size=0"], "stage 2 learns from exemplars"),
     ("frozen", ["--ridge=0"], "--ridge"),
     ("frozen", ["--head=ridge", "--ridge=-1"], "--ridge"),
-    ("frozen", ["--head=ridge", "--projection=1000000"], "--projection 1000000 takes 40000.0 of "),
+    ("frozen", ["--head=ridge", "--projection=1000000"], "--projection 1000000 takes 40000.0 GB"),
     ("frozen", ["--head=nearest"], "--head"),
     ("frozen", ["--pretrained"], "--pretrained"),
     *((name, ["--memory_size=30"], "keeps no image") for name in ("frozen", "frozen_clip")),

@@ -42,7 +42,7 @@ def check_memory(width, args):
     if args.device.type == "cuda":
         have = torch.cuda.get_device_properties(args.device).total_memory
     if need > have:
-        raise utils.InputError(f"--projection {width} takes {need / 1e9:.1f} of {have / 1e9:.0f} GB")
+        raise utils.InputError(f"--projection {width} takes {need / 1e9:.1f} GB of {have / 1e9:.0f}")
 
 
 def solve(sums, ridge):

@@ -125,10 +125,21 @@ def orders():
     return table(["method", "class orders", *(title for _, title in SUMMARY)], rows, left=2)
 
 
+def by_ingredient(orders):
+    """What each ingredient brings: without the other, and with it. orders: how the groups' names begin."""
+    added = [(f"{orders}{name}", label) for name, label, *_ in ABLATION[2:4]]
+    return of_digits(*((f"{label} minus replay", name, f"{orders}replay") for name, label in added),
+                     *((f"WA minus {label}", f"{orders}wa", name) for name, label in added))
+
+
+def digits_by_seed():
+    """With one order of the classes."""
+    return by_ingredient("")
+
+
 def orders_by_seed():
-    """What each ingredient brings, with ten orders."""
-    return of_digits(*((f"{label} minus replay", f"orders_{name}", "orders_replay") for name, label, *_ in ABLATION[2:4]),
-                     *((f"WA minus {label}", "orders_wa", f"orders_{name}") for name, label, *_ in ABLATION[2:4]))
+    """With ten orders."""
+    return by_ingredient("orders_")
 
 
 def loop():
@@ -150,7 +161,8 @@ def loop():
 def settings():
     """The defaults of WA for the data sets of the book, and where each is explained."""
     rows = [("network", "backbone", 3), ("side of an image, pixels", "input_size", 2),
-            ("classes of the first task (0: as many as in each further one)", "num_bases", 2), ("classes of each further task", "increment", 2),
+            ("classes of the first task (0: as many as in each further one)", "num_bases", 2),
+            ("classes of each further task", "increment", 2),
             ("order of the classes", "class_order", 2), ("augmentation beside crop and flip", "aa", 2),
             ("images in a batch, over all processes", "batch_size", 11), ("epochs per task", "num_epochs", 4),
             ("learning rate at the start", "lr", 4), ("momentum", "momentum", 4), ("weight decay", "weight_decay", 4),
@@ -159,7 +171,8 @@ def settings():
             ("the same number per class from the start", "fixed_memory", 6),
             ("choice of exemplars", "herding_method", 6), ("no weight alignment", "no_align", 8)]
     parser, names = utils.get_parser(), {path.name[:2]: path.name for path in TEXTS}
-    presets = [vars(utils.fill_in(parser.parse_args(["--data_set", name]))) for name in ("digits", "cifar100", "image_folder")]
+    presets = [vars(utils.fill_in(parser.parse_args(["--data_set", name])))
+               for name in ("digits", "cifar100", "image_folder")]
     words = {True: "yes", False: "no"}
     return table(["setting", "flag", "digits", "CIFAR-100", "a folder of images", "chapter"], [
         [label, f"`--{flag}`", *(words.get(preset[flag], preset[flag]) if isinstance(preset[flag], bool)
@@ -167,49 +180,20 @@ def settings():
          f"[{chapter}]({names[f'{chapter:02d}']})"] for label, flag, chapter in rows], left=2)
 
 
-def memory_by_seed():
-    return of_digits(*((f"{label} minus herding", name, "wa") for label, name in (
-        ("nearest to the class mean", "cluster"), ("random", "random"), ("least certain", "entropy"),
-        ("fixed memory", "fixed"))))
-
-
-def alignment_by_seed():
-    """What alignment brings, without KD and with it."""
-    return of_digits(("replay + alignment minus replay", "replay_align", "replay"),
-                     ("WA minus replay + KD", "wa", "replay_kd"))
-
-
-# The methods that train, or freeze, a network of the template's kind: name, module.
-MODULES = [("WA", "template"), *((name, f"tutorial.methods.{module}") for name, module in (
-    ("iCaRL", "icarl"), ("LUCIR", "lucir"), ("PODNet", "podnet"), ("AANets", "aanets"), ("BAL_FT", "bal_ft"),
-    ("iTAML", "itaml"), ("DER", "der"), ("frozen backbone", "frozen")))]
-
-
-def presets():
-    """The defaults in which the methods differ, on two data sets."""
-    rows = []
-    for data_set, title, classes in (("digits", "digits", 10), ("cifar100", "CIFAR-100", 100)):
-        for name, module in MODULES:
-            module = importlib.import_module(module)
-            parser = getattr(module, "get_parser", utils.get_parser)()
-            found = vars(utils.fill_in(parser.parse_args(["--data_set", data_set])))
-            size, second = found["memory_size"], found.get("num_epochs_ft")
-            kept = "none" if not size else f"{size // classes} per class" if found["fixed_memory"] else f"{size} in all"
-            tasks = " + ".join(map(str, [found["num_bases"] or found["increment"], found["increment"], "…"]))
-            rows.append([title, name, found["backbone"], tasks, found["num_epochs"],
-                         f"{second} at {found['lr_ft']}" if second else "", found["lr"],
-                         found["weight_decay"], kept, "no" if found["aa"] == "none" else "yes"])
-    return table(["data", "method", "network", "classes", "epochs", "second stage", "learning rate", "weight decay",
-                  "exemplars", "RandAugment"], rows, left=4)
+# Ways to choose exemplars, beside herding: name of the group, label, flags.
+CHOICES = [("cluster", "nearest to the class mean", "--herding_method cluster"),
+           ("random", "random", "--herding_method random"),
+           ("entropy", "least certain", "--herding_method entropy"),
+           ("fixed", "herding, fixed memory", "--fixed_memory")]
 
 
 def memory():
-    return summary_table([
-        ("herding", "", "digits_wa"),
-        ("nearest to the class mean", "--herding_method cluster", "digits_cluster"),
-        ("random", "--herding_method random", "digits_random"),
-        ("least certain", "--herding_method entropy", "digits_entropy"),
-        ("herding, fixed memory", "--fixed_memory", "digits_fixed")], ("exemplars", "flags"))
+    return summary_table([("herding", "", "digits_wa"), *((label, flags, f"digits_{name}") for name, label, flags in CHOICES)],
+                         ("exemplars", "flags"))
+
+
+def memory_by_seed():
+    return of_digits(*((f"{label}, minus herding", name, "wa") for name, label, _ in CHOICES))
 
 
 def distillation():
@@ -403,6 +387,24 @@ METHODS = [("WA", "template.py", "wa"), ("iCaRL", "-m tutorial.methods.icarl", "
            ("BAL_FT", "-m tutorial.methods.bal_ft", "bal_ft_all_fixed"),
            ("iTAML, one image", "-m tutorial.methods.itaml", "itaml_paper"), ("DER", "-m tutorial.methods.der", "der"),
            ("frozen backbone, ridge", "-m tutorial.methods.frozen --adapt --head ridge", "frozen_ridge")]
+
+
+def presets():
+    """The defaults in which the methods differ, on two data sets."""
+    rows = []
+    for data_set, title, classes in (("digits", "digits", 10), ("cifar100", "CIFAR-100", 100)):
+        for label, command, _ in METHODS:
+            module = importlib.import_module(command.removeprefix("-m ").split()[0].removesuffix(".py"))
+            parser = getattr(module, "get_parser", utils.get_parser)()
+            found = vars(utils.fill_in(parser.parse_args(["--data_set", data_set])))
+            size, second = found["memory_size"], found.get("num_epochs_ft")
+            kept = "none" if not size else f"{size // classes} per class" if found["fixed_memory"] else f"{size} in all"
+            tasks = " + ".join(map(str, [found["num_bases"] or found["increment"], found["increment"], "…"]))
+            rows.append([title, label.split(",")[0], found["backbone"], tasks, found["num_epochs"],
+                         f"{second} at {found['lr_ft']}" if second else "", found["lr"],
+                         found["weight_decay"], kept, "no" if found["aa"] == "none" else "yes"])
+    return table(["data", "method", "network", "classes", "epochs", "second stage", "learning rate", "weight decay",
+                  "exemplars", "RandAugment"], rows, left=4)
 
 
 def methods():
@@ -853,8 +855,8 @@ def processes():
 
 
 TABLES = {f.__name__: f for f in (
-    loop, settings, presets, memory_by_seed, alignment_by_seed, digits, orders, orders_by_seed, cifar100, cifar100_60, epochs, validation,
-    more_epochs, memory, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
+    loop, settings, presets, digits, digits_by_seed, orders, orders_by_seed, cifar100, cifar100_60,
+    epochs, validation, more_epochs, memory, memory_by_seed, distillation, clipping, ideas, matrix, two_averages, wa_paper, awareness,
     awareness_cifar100, compared, compared_by_seed, published, runs, ranks, speed, loading,
     processes, methods, cifar100_methods, aanets, base_50, cross_task, cross_task_by_seed,
     cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100,
