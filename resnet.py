@@ -76,7 +76,7 @@ class CifarResNet(nn.Module):
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"a CIFAR ResNet has 6n + 2 layers, not {depth}")
         blocks = (depth - 2) // 6
-        self.num_classes, self.drop_rate = num_classes, drop_rate
+        self.drop_rate = drop_rate
         self.num_features = self.head_hidden_size = 64
         self.stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1, bias=False),
                                   nn.BatchNorm2d(16), nn.ReLU(inplace=True))

@@ -212,8 +212,7 @@ def get_parser():
     add("--output_dir", help="(runs/<method>_<data_set>_b<bases>_inc<increment>_seed<seed>_<time>)")
     add("--resume", action="store_true", help="continue the run in --output_dir, if there is one")
     add("--stop_after_task", type=natural, help="stop after N tasks; --resume goes on")
-    add("--plots", default=True, action="store_true", help="draw accuracy and confusion (default)")
-    add("--no_plots", dest="plots", action="store_false", help="draw nothing")
+    add("--no_plots", dest="plots", action="store_false", help="draw no accuracy and confusion")
     return parser
 
 
@@ -222,7 +221,7 @@ def get_parser():
 # ---------------------------------------------------------------------------------------------
 
 # What rank 0 says when a signal ends the process. `Run` keeps it true.
-saved = None
+last_words = None
 
 
 def end_at_signals():
@@ -247,9 +246,9 @@ def end_at_signals():
                 pass  # of a loading process that ended, for DataLoader
         _, rank, world_size = launched_as()
         # torchrun sends SIGTERM also when another process has failed, which has said why.
-        if rank == 0 and (saved or world_size == 1 or number == signal.SIGINT):
+        if rank == 0 and (last_words or world_size == 1 or number == signal.SIGINT):
             name = signal.Signals(number).name
-            text = f"ended by {name}: {saved or 'nothing is saved yet'}\n"
+            text = f"ended by {name}: {last_words or 'nothing is saved yet'}\n"
             os.write(2, ("\n" * sys.stderr.isatty() + text).encode())  # below the bar
         os._exit(128 + number)
 
@@ -316,12 +315,13 @@ def setup(args):
              everywhere=args.rank == 0 or args.local_rank > 0)  # perhaps on this machine alone
     args.device = torch.device(args.device or ("cuda" if gpus >= here else "cpu"))
     if args.device.type == "cuda":
-        args.device = torch.device("cuda", args.local_rank)
+        # (srun may let each process see its own GPU only.)
+        args.device = torch.device("cuda", args.local_rank % gpus)
         torch.cuda.set_device(args.device)
         torch.backends.cudnn.benchmark = True
     if args.distributed:
         join_processes(args)
-    if args.rank == 0 and 0 < gpus < here:
+    if args.rank == 0 and 0 < gpus < here and args.config["device"] is None:
         print(f"note: {here} processes on {gpus} GPU(s), so they run on the CPU", file=sys.stderr)
     set_seed(args)  # the same first weights on every rank
     return args
@@ -534,7 +534,9 @@ def load_data(args):
     if args.data_set == "digits":
         return load_digits(), [str(i) for i in range(10)]
     try:
-        if args.data_set not in PACKAGES or (Path(args.data_path) / "train").is_dir():
+        # (Where rank 0 has a folder, all need one: no machine may start a download by itself.)
+        if args.data_set not in PACKAGES or from_rank_0(
+                os.path.isdir(os.path.join(args.data_path, "train")), args):
             return load_folder(args)
     except OSError as error:  # no permission, a name too long
         raise InputError(f"--data_path {args.data_path}: {error.strerror}") from None
@@ -662,7 +664,8 @@ def build_scenarios(args):
                      f"(try 0, or --memory_size {20 * total})")
     increments = [first] + [increment] * ((total - first) // increment)
     increments += [total - sum(increments)] * (sum(increments) < total)
-    order = together(lambda: get_class_order(args, total), args)
+    # (A file may differ from one machine to the other.)
+    order = from_rank_0(together(lambda: get_class_order(args, total), args), args)
     tasks = np.split(counts[order], np.cumsum(increments)[:-1])
     # (grow.py loads its first task, and trains on the others.)
     smallest = min(map(sum, tasks[getattr(args, "loaded_tasks", 0):]))
@@ -1019,7 +1022,8 @@ def distribute(model, args):
 def SGD(parameters, lr, args):
     """torch's SGD in its fused form, a few kernels for all weights. Not under fp16, where the first
     step may be skipped for an overflow: after that, fused momentum begins with arbitrary numbers
-    (torch 2.15)."""
+    (torch 2.15). Who sets gradients by hand gives them the layout of their weights: the fused form
+    does not look."""
     return torch.optim.SGD(parameters, lr, args.momentum, weight_decay=args.weight_decay,
                            fused=args.amp != "fp16")
 
@@ -1106,11 +1110,12 @@ class Progress:
         """averages: of the part of the epoch that is done (`Meter.read`)."""
         self.shown, done = time.time(), self.done(trainer, part)
         began, before = self.start
-        left = (self.shown - began) * (1 - done) / max(done - before, 1e-9)  # seconds
         later = f" stage {trainer.stage + 1}" * (trainer.stage > 0)
-        ending = f"{datetime.timedelta(seconds=round(left))} left"
-        if later and done == 1:  # no one knows how long it is
+        if later and done in (before, 1):  # no one knows how long it is
             ending = "the last stage"
+        else:
+            left = (self.shown - began) * (1 - done) / max(done - before, 1e-9)  # seconds
+            ending = f"{datetime.timedelta(seconds=round(left))} left"
         text = (f"task {trainer.task + 1}/{self.tasks}{later} epoch {trainer.epoch + 1}/"
                 f"{trainer.run.num_epochs}: loss {averages['loss']:.3f}, "
                 f"accuracy {averages['train_accuracy']:.1f} %, "
@@ -1256,6 +1261,10 @@ HISTORY = {"acc1s": "acc1", "acc5s": "acc5", "accuracy_matrix": "accuracy",
            "task_aware_matrix": "task_aware", "cumulative_matrix": "cumulative",
            "task_inference": "task_inference"}
 MAY_DIFFER = {"resume", "output_dir", "num_workers", "stop_after_task", "plots", "device"}
+# What a checkpoint may hold beside tensors, numbers and texts: np.float64, which a schedule of your
+# own, or a number that `train_epoch` returns, becomes too easily.
+NUMPY_NUMBERS = [np.float64(0).__reduce__()[0], np.dtype, *(
+    type(np.dtype(kind)) for kind in (bool, int, float))]
 # A checkpoint is written at the end of an epoch if the last one is older than this.
 CHECKPOINT_SECONDS = 30
 
@@ -1271,8 +1280,8 @@ def write_file(path, data):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        fail(f"{path} could not be written ({error.strerror}); the file of before is still whole",
-             everywhere=False)
+        fail(f"{path} could not be written ({error.strerror}); what was there before is still "
+             "whole", everywhere=False)
 
 
 def write_tensors(path, content):
@@ -1284,7 +1293,7 @@ def write_tensors(path, content):
 class Run:
     """The output directory of a run: log.jsonl, checkpoint.pt, results.json, model.pt and plots.
 
-    Rank 0 reads and writes; all ranks hold the same numbers. A checkpoint is written at the end of
+    Rank 0 reads and writes; all ranks hold the same results. A checkpoint is written at the end of
     each fit, and within it after an epoch if half a minute has passed. What comes after the last
     epoch of a task (herding, alignment, evaluation) is computed again when a run is resumed there,
     with the same result.
@@ -1292,7 +1301,7 @@ class Run:
 
     def __init__(self, trainer, scenario, test_scenario):
         import timm
-        global saved
+        global last_words
         args = self.args = trainer.args
         self.scenario, self.test_scenario = scenario, test_scenario
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
@@ -1301,7 +1310,7 @@ class Run:
             file = Path(inspect.getfile(type(trainer))).stem
             method = "WA" if file == "template" else file
         cuda = args.device.type == "cuda"
-        self.start = self.saved = time.time()
+        self.start = self.saved_at = time.time()
         self.images, self.train_seconds, self.log = 0, 0.0, []
         self.increments = scenario.increments
         self.results = {
@@ -1313,7 +1322,7 @@ class Run:
             "versions": {"trainer": VERSION, "python": sys.version.split()[0],
                          "torch": str(torch.__version__), "timm": timm.__version__,
                          "numpy": np.__version__}}
-        self.checkpoint = saved = None  # (`saved` of an earlier run in this process)
+        self.checkpoint = last_words = None  # (an earlier run in this process may have left some)
         together(lambda: args.rank or self.open_directory(method), args)
         self.checkpoint = from_rank_0(self.checkpoint, args)  # only its machine needs the file
         self.first_task = self.checkpoint["task"] if self.checkpoint else 0
@@ -1325,22 +1334,23 @@ class Run:
                   f"{args.world_size} process{'es' * (args.world_size > 1)} on "
                   f"{self.results['device']}, {settings(args)}", flush=True)
             if self.checkpoint:
-                print(saved, flush=True)
+                print(last_words, flush=True)
         self.progress = Progress(args, self.increments, scenario.data.y)
 
     def note_saved(self, task, stage, epoch):
         """Prepare the last words of `end_at_signals`."""
-        global saved
+        global last_words
         later = f"stage {stage + 1}, " * (stage > 0)
-        saved = (f"saved to {self.dir} up to task {task + 1}, {later}epoch {epoch}; go on with "
-                 "--resume")
+        last_words = (f"saved to {self.dir} up to task {task + 1}, {later}epoch {epoch}; go on "
+                      "with --resume")
 
     def open_directory(self, method):
         """Make or find the directory, and read the checkpoint of a resumed run. InputError: the
         directory, or what it holds, cannot be used."""
         args = self.args
         name = f"{method}_{args.data_set}_b{args.num_bases}_inc{args.increment}_seed{args.seed}_"
-        self.dir = Path(args.output_dir or f"runs/{name}{time.strftime('%Y%m%d-%H%M%S')}")
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # of several runs in one second
+        self.dir = Path(args.output_dir or f"runs/{name}{now}")
         if args.resume and not args.output_dir:  # the newest run of this kind, if there is one
             self.dir = max((file.parent for file in Path("runs").glob(f"{name}*/checkpoint.pt")),
                            default=self.dir)
@@ -1385,7 +1395,7 @@ class Run:
 
     def read_checkpoint(self, path):
         try:  # weights_only: a checkpoint from a stranger runs no code
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
                 warnings.simplefilter("ignore")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
             changed = self.changed_since(saved["results"])
@@ -1414,8 +1424,8 @@ class Run:
             trainer.teacher.load_state_dict(saved["teacher"])
         self.scaler.load_state_dict(saved["scaler"])
         trainer.exemplars = [self.scenario.data.select(rows.numpy()) for rows in saved["exemplars"]]
-        self.results.update(saved["results"], args=self.args.config,
-                            world_size=self.args.world_size)
+        now = {key: self.results[key] for key in ("args", "world_size", "device", "versions")}
+        self.results.update({**saved["results"], **now})
         self.images, self.train_seconds = saved["images"], saved["train_seconds"]
         self.start, self.log = time.time() - saved["seconds"], saved["log"]
         if self.args.rank == 0:  # without what came after the checkpoint, and a torn last line
@@ -1426,17 +1436,17 @@ class Run:
         """The number of epochs of this fit that are done: 0, or after a --resume those of the
         checkpoint, whose weights, optimizer and schedule are loaded, or all of an earlier fit."""
         saved, epochs = self.checkpoint, 0
-        here = (trainer.task, trainer.stage)
-        if saved and here < (saved["task"], saved["stage"]):
+        place = (trainer.task, trainer.stage)
+        if saved and place < (saved["task"], saved["stage"]):
             epochs = num_epochs
-        elif saved and here == (saved["task"], saved["stage"]):
+        elif saved and place == (saved["task"], saved["stage"]):
             # Again: before a second stage a method may have changed weights, drawn heads anew.
             trainer.model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             scheduler.load_state_dict(saved["scheduler"])
             epochs = saved["epoch"]
         self.num_epochs, self.lr = num_epochs, scheduler.get_last_lr()[0]
-        set_seed(self.args, *here, epochs)  # as end_epoch leaves the generators
+        set_seed(self.args, *place, epochs)  # as end_epoch leaves the generators
         return epochs
 
     def end_epoch(self, trainer, averages, optimizer, scheduler):
@@ -1446,13 +1456,12 @@ class Run:
         averages: what `train_epoch` returns. All that is in it goes to log.jsonl, also numbers and
         lists of your own; "loss", "images" and "seconds" must be."""
         args = self.args
-        numbers = [value for value in averages.values() if isinstance(value, (int, float))]
         weights = torch.stack([p.detach().abs().max() for p in trainer.model.parameters()
                                if p.numel()])
-        if not (all(map(math.isfinite, numbers)) and weights.isfinite().all()):
+        if not (math.isfinite(averages["loss"]) and weights.isfinite().all()):
             fail(f"the loss ({averages['loss']}) or a weight left the finite numbers in task "
                  f"{trainer.task + 1}, epoch {trainer.epoch}, --lr {args.lr}: try a smaller one; "
-                 f"{saved or 'nothing is saved yet'}")
+                 f"{last_words or 'nothing is saved yet'}")
         average_batchnorm(trainer.model, args)
         if args.eval_every_epoch and trainer.epoch % args.eval_every_epoch == 0:
             averages["test_accuracy"] = evaluate(trainer)["acc1"]
@@ -1473,11 +1482,11 @@ class Run:
                  everywhere=False)
         self.lr = scheduler.get_last_lr()[0]  # of the next epoch
         last = trainer.epoch == self.num_epochs or max(scheduler.get_last_lr()) == 0
-        if last or time.time() > self.saved + CHECKPOINT_SECONDS:
+        if last or time.time() > self.saved_at + CHECKPOINT_SECONDS:
             self.write_checkpoint(trainer, optimizer, scheduler)
 
     def write_checkpoint(self, trainer, optimizer, scheduler):
-        self.saved = time.time()
+        self.saved_at = time.time()
         if any((images.rows < 0).any() for images in trainer.exemplars):
             fail("a checkpoint holds the numbers of the exemplars, so they must be images of the "
                  "training set, chosen by `select`", everywhere=False)
@@ -1551,7 +1560,8 @@ class Run:
               f"last {results['last_accuracy']:.2f} %, forgetting {results['forgetting']:.2f} "
               f"points, {results['seconds']:.0f} s\n")
         for task in tasks:
-            lines = [line for line in self.log if line["task"] == task and "train_accuracy" in line]
+            lines = [line for line in self.log if line["task"] == task and line["stage"] == 1
+                     and "train_accuracy" in line]
             best = max((line["train_accuracy"] for line in lines), default=100)
             # What a network gets right that always gives the same answer.
             largest = np.bincount(self.scenario.images(task - 1).y).max()

@@ -106,7 +106,7 @@ def problems_of_two_ranks(folder):
 
 
 def test_all_ranks_hear_of_the_first_problem(launch, tmp_path):
-    assert launch(function=problems_of_two_ranks, arguments=(str(tmp_path),), processes=2).wait() == [0, 0]
+    assert launch(function=problems_of_two_ranks, arguments=(), processes=2).wait() == [0, 0]
     heard = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
     assert heard == [[0, "rank 1: x", 0, "y", None, "z0", None], [1, "rank 1: x", None, "y", 1, "z0", None]]
 
@@ -204,6 +204,31 @@ def test_machines_with_other_copies_of_the_data(refused, launch, image_folder, s
     assert "rank 1: other files in images than rank 0 has" in refused(**own)
     (folders[1] / "train/red/30.png").rename(file)
     assert launch(**own).wait() == [0, 0]
+
+
+def test_a_machine_without_the_folder_that_rank_0_has(refused, image_folder, tmp_path):
+    """It would download the data set by itself, and the two would wait for each other."""
+    image_folder(name="machine0/images")
+    (tmp_path / "machine1").mkdir()
+    error = refused(function=run_on_own_machine, processes=2,
+                    arguments=(["--data_set=cifar100", "--data_path=images"],))
+    assert "rank 1: images has no folder train" in error
+
+
+def classes_on_own_machine():
+    os.chdir(f"machine{os.environ['RANK']}")
+    args = utils.setup(utils.get_parser().parse_args(["--class_order=order.txt"]))
+    print(utils.build_scenarios(args)[0].class_order, flush=True)
+
+
+def test_machines_with_other_class_orders(launch, tmp_path):
+    """All learn the classes in the order of rank 0."""
+    for rank, order in enumerate(("3 1 4 0 5 9 2 6 8 7", "2 7 1 8 0 4 5 9 3 6")):
+        (tmp_path / f"machine{rank}").mkdir()
+        (tmp_path / f"machine{rank}/order.txt").write_text(order)
+    started = launch(function=classes_on_own_machine, arguments=(), processes=2)
+    assert started.wait() == [0, 0], started.stderr()
+    assert started.stdout() == "[3, 1, 4, 0, 5, 9, 2, 6, 8, 7]\n" * 2
 
 
 def test_file_that_is_no_image(refused, image_folder):

@@ -98,6 +98,13 @@ def test_time_left(monkeypatch, capsys):
     trainer.task = 2  # the end of this one is not known
     progress.show(trainer, 1, {"loss": 1, "train_accuracy": 50, "images_per_second": 9})
     assert capsys.readouterr().out.endswith("9 images/s, the last stage\n")
+    # Nor is it after a resume in the second stage of an earlier task, which is not in the work.
+    trainer.task, trainer.epoch = 1, 0
+    progress.start = None
+    progress.begin_epoch(trainer)
+    now[0] += 1e5
+    progress.show(trainer, 1, {"loss": 1, "train_accuracy": 50, "images_per_second": 9})
+    assert capsys.readouterr().out.endswith("9 images/s, the last stage\n")
     trainer.task = 1
     stopped = utils.Progress(argparse.Namespace(rank=0, stop_after_task=2, memory_size=10),
                              [2, 2, 2], labels)
@@ -236,6 +243,27 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
                      r"at best\): try a smaller --lr", said)
     run("--stop_after_task=1", f"--output_dir={tmp_path / 'b'}")
     assert "note:" not in capsys.readouterr().out
+    # A second stage on few images, where chance is high, hides nothing.
+    run("--lr=1e-9", "--stop_after_task=2", f"--output_dir={tmp_path / 'c'}", Trainer=TwoStages)
+    assert "note: in task 2 not even" in capsys.readouterr().out
+
+
+class TwoStages(template.CilTrainer):
+    def train_task(self, train_set):
+        super().train_task(train_set)
+        if self.task:
+            few = self.exemplars[0].join(self.exemplars[1:])
+            self.fit(few.join([few, few]), self.model.parameters(), 1, 1e-9)
+
+
+def test_two_runs_that_begin_in_the_same_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20261122-120000")
+    for process in (1000, 1001):
+        monkeypatch.setattr(os, "getpid", lambda: process)
+        run("--stop_after_task=1")
+    assert {file.parent.name for file in (tmp_path / "runs").glob("*/results.json")} == {
+        f"WA_digits_b4_inc3_seed0_20261122-120000-{process}" for process in (1000, 1001)}
 
 
 # ---- a trainer and a network of one's own -------------------------------------------------------

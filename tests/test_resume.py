@@ -8,9 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT, read_results, run_file, torchrun, two_machines
+
+import template
+import utils
 
 
 def same_model(one, other):
@@ -99,8 +103,6 @@ def test_killed_at_a_chosen_moment(launch, finish, tmp_path, reference, moment, 
 
 
 def test_checkpoints_are_written_at_the_end_of_a_fit_and_every_half_minute(finish, tmp_path, monkeypatch):
-    import template
-    import utils
     monkeypatch.chdir(tmp_path)
     for name, seconds, expected in (("often", 0, [1, 2, 3] * 3), ("seldom", 30, [3] * 3)):
         written, write = [], utils.write_tensors
@@ -121,6 +123,42 @@ def test_stop_after_task_and_resume(finish, tmp_path, reference):
     # a finished run can be resumed too: it only computes its last task's results again
     assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
     assert same_model(tmp_path / "run", reference[0])
+
+
+def test_results_name_the_device_and_the_versions_of_the_last_start(finish, tmp_path):
+    finish(*SHORT, "--output_dir=run", "--stop_after_task=1")
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    now = {key: saved["results"][key] for key in ("device", "versions")}
+    saved["results"].update(device="an old GPU", versions={**now["versions"], "torch": "1.0"})
+    torch.save(saved, tmp_path / "run/checkpoint.pt")
+    results = finish(*SHORT, "--output_dir=run", "--resume", "--stop_after_task=2")
+    assert {key: results[key] for key in now} == now
+
+
+class NumpyTrainer(template.CilTrainer):
+    """Its schedule, its log and its results hold numbers of numpy."""
+
+    def make_optimizer(self, parameters, num_epochs, lr):
+        optimizer, _ = super().make_optimizer(parameters, num_epochs, lr)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda epoch: 0.5 + 0.5 * np.cos(np.pi * epoch / num_epochs))
+
+    def train_epoch(self, loader, optimizer):
+        return {**super().train_epoch(loader, optimizer), "own": np.mean([0.5, np.nan])}
+
+    def finish_task(self):
+        super().finish_task()
+        self.run.results["norm"] = np.float64(0.5)
+
+
+def test_numbers_of_numpy_in_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", 0)
+    for name, steps in ("whole", [[]]), ("run", [["--stop_after_task=2"], ["--resume"]]):
+        for flags in steps:
+            template.main(utils.get_parser().parse_args([
+                *SHORT, "--device=cpu", f"--output_dir={tmp_path / name}", *flags]), NumpyTrainer)
+    assert read_results(tmp_path / "run") == read_results(tmp_path / "whole")
+    assert same_model(tmp_path / "run", tmp_path / "whole")
 
 
 def test_resume_on_another_number_of_processes(finish, tmp_path, reference):
