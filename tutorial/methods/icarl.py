@@ -63,7 +63,8 @@ def get_parser():
     paper = dict(num_epochs=70, lr=2.0, weight_decay=5e-5, aa="none", fixed_memory=True)
     parser.set_defaults(no_align=True, presets={
         "digits": dict(lr=0.3), "cifar100": paper,
-        "imagenet100": dict(paper, num_epochs=60, weight_decay=1e-5)})
+        **dict.fromkeys(("imagenet100", "imagenet1000"),
+                        dict(paper, num_epochs=60, weight_decay=1e-5))})
     return parser
 
 

@@ -104,11 +104,11 @@ def draw_epochs():
             accuracy.plot(others[other]["epochs"], others[other][key], style[0], color=colour,
                           mfc="white")
     shown = [n for n, _ in EPOCHS] + [others["WA (PyCIL)"]["epochs"]]
-    accuracy.set(xscale="log", xticks=shown, xticklabels=shown, ylim=(37, 71),
+    accuracy.set(xscale="log", xticks=shown, xticklabels=shown, ylim=(15, 71),
                  xlabel="epochs a task (hollow: PyCIL's)", ylabel="accuracy (%)",
                  title="CIFAR-100, 50 + 5 x 10 classes, one seed")
     accuracy.minorticks_off()
-    accuracy.legend(ncols=2, loc="upper left")
+    accuracy.legend(loc="lower right")
     for (n, end), colour in zip(EPOCHS, (ORANGE, BLUE, PINK)):
         found = load(f"cifar100_wa{end}")[0]["gammas"]
         gamma.plot(range(2, len(found) + 2), found, "o-", color=colour, label=f"{n} epochs a task")

@@ -31,6 +31,7 @@ RUNS = Path("runs/reproduce")
 
 TEN, ONE = range(10), range(1)
 CIFAR = "--data_set cifar100 --amp bf16"
+FIVE = f"{CIFAR} --aa none --num_epochs 5"
 TWENTY = f"{CIFAR} --aa none --num_epochs 20"
 SIXTY = f"{CIFAR} --aa none --num_epochs 60"
 TINY = "--lr 0.002 --visual tiny"
@@ -62,12 +63,14 @@ GROUPS = {
     "cifar100_lucir": ("lucir", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_podnet": ("podnet", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_replay": ("template.py", f"{TWENTY} --lambda_kd 0 --no_align", ONE),
+    "cifar100_replay_5": ("template.py", f"{FIVE} --lambda_kd 0 --no_align", ONE),
     "cifar100_replay_60": ("template.py", f"{SIXTY} --lambda_kd 0 --no_align", ONE),
     "cifar100_replay_align_60": ("template.py", f"{SIXTY} --lambda_kd 0", ONE),
     "cifar100_replay_kd": ("template.py", f"{TWENTY} --no_align", ONE),
     "cifar100_unscaled_60": (
         "wa_variants", f"{SIXTY} --variant unscaled --stop_after_task 2", ONE),
     "cifar100_wa": ("template.py", TWENTY, ONE),
+    "cifar100_wa_5": ("template.py", FIVE, ONE),
     "cifar100_wa_60": ("template.py", SIXTY, ONE),
     "digits_aanets_free": ("aanets", "--branch_1 free --fusion_lr 0", TEN),
     "digits_aanets_half": ("aanets", "--fusion_lr 0", TEN),

@@ -261,7 +261,7 @@ def published_by_method():
 
 
 # WA and plain replay with more and more epochs a task: epochs, how the names of their groups end.
-EPOCHS = [(20, ""), (60, "_60")]
+EPOCHS = [(5, "_5"), (20, ""), (60, "_60")]
 
 
 def epochs():
