@@ -209,7 +209,8 @@ def get_parser():
     add("--device", choices=["cuda", "cpu"], help="(cuda if there is one, else cpu)")
     add("--num_workers", type=count, help="loading processes per training process")
     add("--eval_every_epoch", type=count, default=0, help="log test accuracy every N epochs (0)")
-    add("--output_dir", help="(runs/<method>_<data_set>_b<bases>_inc<increment>_seed<seed>_<time>)")
+    add("--output_dir", help="(runs/<method>_<data_set>_b<bases>_inc<increment>_seed<seed>_<time>-"
+        "<process>)")
     add("--resume", action="store_true", help="continue the run in --output_dir, if there is one")
     add("--stop_after_task", type=natural, help="stop after N tasks; --resume goes on")
     add("--no_plots", dest="plots", action="store_false", help="draw no accuracy and confusion")

@@ -43,6 +43,7 @@ def test_digits_stopped_and_resumed(tmp_path, gpu, flags):
 
 
 def test_torchrun_on_each_gpu_and_an_error_without_a_warning(tmp_path, gpu):
+    """(On one GPU this is one process, without NCCL: that takes two.)"""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=gpu",
               str(ROOT / "template.py"), *TASKS, "--batch_size=24"]
     subprocess.run([sys.executable, *launch, "--output_dir=run"], cwd=tmp_path, env=gpu, check=True)
