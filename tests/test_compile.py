@@ -19,6 +19,7 @@ def run(flags):
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3),
                              nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     run_template(flags)
+    print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"], flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def eager(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eager")
     started = Launch(folder, run, ([*FLAGS, "--output_dir=run"],), 1, {})
     assert started.wait() == [0], started.stderr()
+    assert "graphs: 0\n" in started.stdout()
     return folder / "run"
 
 
@@ -40,6 +42,8 @@ def test_a_compiled_run_learns_the_same_and_can_be_resumed(launch, tmp_path, eag
         started = launch(function=run, processes=processes, env={"TORCH_LOGS": "recompiles"},
                          arguments=([*FLAGS, "--compile", "--output_dir=run", step],))
         assert started.wait(300) == [0] * processes, started.stderr()
+        graphs = re.findall(r"graphs: (\d+)", started.stdout())
+        assert len(graphs) == processes and "0" not in graphs
         # Once to train, and once more for the teacher; not for each task, teacher or last batch.
         recompiled = re.findall(r"Recompiling function (\w+)", started.stderr())
         assert len(recompiled) <= processes, started.stderr()

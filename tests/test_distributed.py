@@ -73,6 +73,12 @@ def test_one_and_two_processes_agree(finish, tmp_path):
              "--backbone=test_vit", "--lr=0.01", "--num_workers=0", "--stop_after_task=2"]
     one = finish(*flags, "--output_dir=one")
     two = finish(*flags, "--output_dir=two", processes=2)
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
+    for alone, shared in zip(*logs, strict=True):  # what a rank has seen is added up
+        assert alone["images"] == shared["images"]
+        assert alone["loss"] == pytest.approx(shared["loss"], rel=1e-2)
+        assert alone["train_accuracy"] == pytest.approx(shared["train_accuracy"], abs=1)
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3
     assert np.allclose(one["acc1s"], two["acc1s"], atol=1)
@@ -94,6 +100,21 @@ def train_and_compare_ranks(flags, folder):
                 json.dump(state, file)
 
     template.main(utils.get_parser().parse_args(flags), Watched)
+
+
+def average_what_differs():
+    import utils
+    args = utils.setup(utils.get_parser().parse_args([]))
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean.fill_(args.rank)
+    norm.running_var.fill_(1 + 4 * args.rank)
+    utils.average_batchnorm(norm, args)
+    assert (norm.running_mean == 0.5).all() and (norm.running_var == 3).all()
+
+
+def test_running_averages_are_averaged(launch):
+    started = launch(function=average_what_differs, arguments=(), processes=2)
+    assert started.wait() == [0, 0], started.stderr()
 
 
 def test_weights_and_batchnorm_buffers_are_equal_on_all_ranks(launch, tmp_path):

@@ -353,7 +353,7 @@ def test_resume_without_the_checkpoint(refused, finish, tmp_path):
 def test_output_dir_in_use(launch, refused, tmp_path):
     first = launch("--output_dir=run", folder=tmp_path, env={"RANK": "0"})
     while first.processes[0].is_alive() and not (tmp_path / "run/log.jsonl").exists():
-        pass
+        time.sleep(0.05)
     second = tmp_path / "second"
     second.mkdir()
     started = launch(*SHORT, f"--output_dir={tmp_path / 'run'}", "--resume", folder=second)

@@ -119,10 +119,24 @@ def test_checkpoints_are_written_at_the_end_of_a_fit_and_every_half_minute(finis
 def test_stop_after_task_and_resume(finish, tmp_path, reference):
     part = finish(*SHORT, "--output_dir=run", "--stop_after_task=2")
     assert not part["finished"] and len(part["acc1s"]) == 2
+    assert part["average_incremental_accuracy"] == pytest.approx(np.mean(part["acc1s"]))
+    assert part["last_accuracy"] == part["acc1s"][-1]
+    (first,), (now, _) = part["accuracy_matrix"]
+    assert part["forgetting"] == pytest.approx(first - now)
     assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
     # a finished run can be resumed too: it only computes its last task's results again
     assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
     assert same_model(tmp_path / "run", reference[0])
+
+
+def test_a_look_at_the_test_images_after_each_epoch_changes_nothing(finish, tmp_path, reference):
+    result = finish(*SHORT, "--output_dir=run", "--eval_every_epoch=1")
+    assert result["args"].pop("eval_every_epoch") == 1
+    before = {**reference[1], "args": dict(reference[1]["args"])}
+    assert before["args"].pop("eval_every_epoch") == 0
+    assert result == before and same_model(tmp_path / "run", reference[0])
+    seen = [line["test_accuracy"] for line in log_lines(tmp_path / "run")]
+    assert len(seen) == 6 and seen[1] == result["acc1s"][0]  # the first task is not aligned
 
 
 def test_results_name_the_device_and_the_versions_of_the_last_start(finish, tmp_path):
