@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the bit is a promise for the CPU
+for name in list(os.environ):  # the tests may be started inside of a launch, such as sbatch
+    if name.startswith(("SLURM_", "PMI_", "MPI_", "OMPI_")) or name in ("RANK", "WORLD_SIZE"):
+        del os.environ[name]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, and the same sums in every run
 
 # In place of utils.Progress, for a trainer that has no whole run.

@@ -380,6 +380,10 @@ def test_every_flag_has_a_help_text(name):
 def test_the_examples_of_help_parse():
     examples = re.findall(r"(?m)^  (?:python|torchrun) .*", utils.get_parser().format_help())
     assert len(examples) == 3
-    for example in examples[:2]:
+    for example in examples:
         words = shlex.split(example)
-        utils.get_parser().parse_args(words[words.index("template.py") + 1:])
+        if "template.py" in words:
+            utils.get_parser().parse_args(words[words.index("template.py") + 1:])
+        else:  # python -m tutorial.methods.NAME
+            name = words[words.index("-m") + 1].split(".")[-1]
+            get_parser(name).parse_args(words[words.index("-m") + 2:])

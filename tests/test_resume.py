@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, read_results, run_file, torchrun, two_machines
+from conftest import (ROOT, SHORT, read_results, run_file, run_template, torchrun,
+                      two_machines)
 
 import template
 import utils
@@ -36,7 +37,7 @@ def log_lines(folder):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """One run without interruption: (folder, results)."""
-    from conftest import Launch, run_template
+    from conftest import Launch
     folder = tmp_path_factory.mktemp("reference")
     started = Launch(folder, run_template, ([*SHORT, "--output_dir=run"],), 1, {})
     assert started.wait() == [0], started.stderr()
@@ -56,7 +57,7 @@ def test_killed_at_any_moment(launch, finish, tmp_path, reference):
 
     A run that ends before its next kill must have ended well; then a new one begins.
     """
-    draw, kills = random.Random(0), 0
+    draw, kills, trained = random.Random(0), 0, 0
     for _ in range(60):
         # A checkpoint after every epoch, or as by default, which here is after every task.
         started = launch(*SHORT, "--output_dir=run", "--resume", seconds=draw.choice((0, 30)))
@@ -64,42 +65,45 @@ def test_killed_at_any_moment(launch, finish, tmp_path, reference):
         if started.processes[0].is_alive():
             started.kill()
             kills += 1
+            log = tmp_path / "run/log.jsonl"
+            trained += log.exists() and log.stat().st_size > 0
         else:
             assert read_results(tmp_path / "run") == reference[1]
             shutil.rmtree(tmp_path / "run")
         if kills == 10:
             break
-    assert kills == 10
+    assert kills == 10 and trained
     assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
     assert same_model(tmp_path / "run", reference[0])
     assert log_lines(tmp_path / "run") == log_lines(reference[0])
 
 
-@pytest.mark.parametrize("seconds", [0, 30])
-@pytest.mark.parametrize("moment", ["epoch 1", "epoch 3", "epoch 6", "task 2"])
-def test_killed_at_a_chosen_moment(launch, finish, tmp_path, reference, moment, seconds):
+def killed_run(flags, seconds, name, number):
+    """A run that is killed at the end of the so many-th call of a method of `Run`."""
+    method, calls = getattr(utils.Run, name), []
+
+    def dying(self, *rest):
+        method(self, *rest)
+        calls.append(rest)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(utils.Run, name, dying)
+    run_template(flags, seconds)
+
+
+@pytest.mark.parametrize("name, number, seconds", [
+    ("end_epoch", 1, 0), ("end_epoch", 1, 30), ("end_epoch", 3, 0), ("end_epoch", 3, 30),
+    ("end_epoch", 6, 30), ("end_task", 2, 30)])
+def test_killed_at_a_chosen_moment(launch, finish, tmp_path, reference, name, number, seconds):
     """In and after a task, with a checkpoint after every epoch and with the one of the task before
     (for epoch 1: with none); and between herding and the next checkpoint."""
-    what, number = moment.split()
-    started = launch(*SHORT, "--output_dir=run", seconds=seconds)
-    file, number = ("log.jsonl", int(number)) if what == "epoch" else ("results.json", int(number))
-
-    def reached():
-        path = tmp_path / "run" / file
-        text = path.read_text() if path.exists() else ""
-        return (text.count("\n") >= number if what == "epoch"
-                else text and len(json.loads(text)["acc1s"]) >= number)
-
-    for _ in range(6000):
-        if reached() or not started.processes[0].is_alive():
-            break
-        time.sleep(0.005)
-    started.kill()
+    started = launch(function=killed_run, arguments=([*SHORT, "--output_dir=run"], seconds, name, number))
+    assert started.wait() == [-signal.SIGKILL]
     with open(tmp_path / "run/log.jsonl", "a") as log:
         log.write('{"task": 1, "torn')  # as if killed while writing
     assert finish(*SHORT, "--output_dir=run", "--resume") == reference[1]
     assert same_model(tmp_path / "run", reference[0])
-    assert log_lines(tmp_path / "run") == log_lines(reference[0])
 
 
 def test_checkpoints_are_written_at_the_end_of_a_fit_and_every_half_minute(finish, tmp_path, monkeypatch):
@@ -259,7 +263,8 @@ def test_a_folder_whose_checkpoint_is_gone_is_left_alone(launch, finish, tmp_pat
         (tmp_path / "run" / missing).unlink(missing_ok=True)
         before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
         started = launch(*SHORT, *flags)
-        assert started.wait() == [2] and "--resume" in started.stderr()
+        assert started.wait() == [2]
+        assert ("no checkpoint.pt to go on" if "--resume" in flags else "pass --resume") in started.stderr()
         assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
