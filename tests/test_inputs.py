@@ -104,7 +104,7 @@ def problems_of_two_ranks(folder):
 
 
 def test_all_ranks_hear_of_the_first_problem(launch, tmp_path):
-    assert launch(function=problems_of_two_ranks, arguments=(), processes=2).wait() == [0, 0]
+    assert launch(function=problems_of_two_ranks, arguments=(str(tmp_path),), processes=2).wait() == [0, 0]
     heard = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
     assert heard == [[0, "rank 1: x", 0, "y", None, "z0", None], [1, "rank 1: x", None, "y", 1, "z0", None]]
 
