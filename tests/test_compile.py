@@ -19,7 +19,8 @@ def run(flags):
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3),
                              nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     run_template(flags)
-    print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"], flush=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    print(f"graphs: {graphs}\n", end="", flush=True)  # at once: two processes share the file
 
 
 @pytest.fixture(scope="module")
