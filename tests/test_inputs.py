@@ -217,7 +217,8 @@ def test_a_machine_without_the_folder_that_rank_0_has(refused, image_folder, tmp
 def classes_on_own_machine():
     os.chdir(f"machine{os.environ['RANK']}")
     args = utils.setup(utils.get_parser().parse_args(["--class_order=order.txt"]))
-    print(utils.build_scenarios(args)[0].class_order, flush=True)
+    order = utils.build_scenarios(args)[0].class_order
+    print(f"{order}\n", end="", flush=True)  # at once: two processes share the file
 
 
 def test_machines_with_other_class_orders(launch, tmp_path):
