@@ -824,12 +824,16 @@ class SeededSampler:
         generator = torch.Generator().manual_seed(self.seed)
         if self.sampler is None:
             order = torch.randperm(self.size, generator=generator)
-        else:  # it draws from torch's own generator: from the same seed on every rank
+        else:  # it may draw from any generator: from the same seed on every rank
+            states = random.getstate(), np.random.get_state()
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.seed)
+                for seed in random.seed, np.random.seed, torch.default_generator.manual_seed:
+                    seed(self.seed)
                 order = torch.tensor(list(self.sampler))
-            if len(order) != self.size:
-                fail(f"the sampler gives {len(order)} images, and its length is {self.size}")
+            random.setstate(states[0]), np.random.set_state(states[1])
+            if order.shape != (self.size,):
+                fail(f"the sampler gives numbers of the shape {tuple(order.shape)}: it has to give "
+                     f"as many row numbers as its length says, {self.size}, and no batches of them")
         # A seed for each place in the order, not for each image, which may come up twice.
         seeds = torch.randint(2 ** 32, (len(order),), generator=generator)
         mine = slice(self.rank, len(self) * self.world_size, self.world_size)
@@ -930,7 +934,8 @@ def to_device(loader, args):
 @torch.no_grad()
 def for_all_images(function, image_set, args):
     """function(images), which has a row for each image, for all clean images: (n, ...) float32, in
-    the order of the set. Each rank computes its share, then all ranks get all rows."""
+    the order of the set. Each rank computes its share, then all ranks get all rows. (Call the
+    model's eval() before: after `fit` it is in training mode, and images move BatchNorm.)"""
     # A rank for which there is no image takes one along, which `gather` leaves out.
     rows = torch.arange(args.rank, max(len(image_set), args.rank + 1), args.world_size)
     shard = []
@@ -1524,6 +1529,8 @@ class Run:
         """Plots, model.pt, the final table and the paths of the files; leave the process group."""
         results, args = self.results, self.args
         if args.rank == 0:
+            # Once more: a subclass may have added to it at the end of the last task.
+            write_file(self.dir / "results.json", json.dumps(results).encode())
             mean, std, _ = get_statistics(args)
             write_tensors(self.dir / "model.pt", {
                 "args": args.config, "mean": list(mean), "std": list(std),

@@ -3,6 +3,7 @@ import ast
 import io
 import json
 import math
+import random
 import tokenize
 import zlib
 from pathlib import Path
@@ -514,6 +515,42 @@ def test_a_sampler_of_ones_own(flags):
     args.world_size = 3
     (again, y2), _ = pictures(images, args, sampler=sampler)
     assert torch.equal(one, again) and torch.equal(y, y2) and len(more) == 24
+
+
+class Drawn:
+    """A sampler that asks this function for its numbers."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __len__(self):
+        return 100
+
+    def __iter__(self):
+        return iter(self.draw(100))
+
+
+@pytest.mark.parametrize("draw", [np.random.permutation, lambda n: random.sample(range(n), n)])
+def test_a_sampler_may_draw_from_numpy_and_python(draw):
+    args = make_args("--data_set=cifar100", "--aa=none", "--batch_size=25")
+    images = random_images(args, 100)
+    np.random.seed(4), random.seed(4)
+    expected = np.random.rand(), random.random()
+    np.random.seed(4), random.seed(4)
+    one = pictures(images, args, sampler=Drawn(draw))
+    assert (np.random.rand(), random.random()) == expected  # other draws do not notice
+    args.world_size = 5
+    for (x, y), (x2, y2) in zip(one, pictures(images, args, sampler=Drawn(draw)), strict=True):
+        assert torch.equal(x, x2) and torch.equal(y, y2)
+    assert len({int(label) for _, y in one for label in y}) == 100
+
+
+def test_a_sampler_of_batches_is_refused(capsys):
+    args = make_args("--data_set=cifar100", "--aa=none", "--batch_size=25")
+    sampler = Drawn(lambda n: [[i, i + 1] for i in range(n)])
+    with pytest.raises(SystemExit):
+        pictures(random_images(args, 101), args, sampler=sampler)
+    assert "no batches of them" in capsys.readouterr().err
 
 
 def test_augmentation_depends_on_the_seed_alone():

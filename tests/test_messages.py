@@ -299,7 +299,9 @@ def test_empty_weights_own_averages_and_an_own_run(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert [line["rates"] for line in log[:2]] == [[0.1], [pytest.approx(0.05)]]
     assert {line["note"] for line in log} == {"x"}
-    assert len(read_results(tmp_path / "a")["accuracy_matrix"]) == 3
+    results = read_results(tmp_path / "a")
+    assert len(results["accuracy_matrix"]) == 3
+    assert results["inference"] == results["task_inference"]  # that of the last task, too
 
 
 class Unused(template.CilModel):
