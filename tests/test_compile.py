@@ -39,10 +39,9 @@ def losses(folder):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_compiled_run_learns_the_same_and_can_be_resumed(launch, tmp_path, eager, processes):
-    # (A resume is a resume on two processes, too.)
-    for step in (["--stop_after_task=2"], ["--resume"]) if processes == 1 else ([],):
+    for step in ("--stop_after_task=2", "--resume"):
         started = launch(function=run, processes=processes, env={"TORCH_LOGS": "recompiles"},
-                         arguments=([*FLAGS, "--compile", "--output_dir=run", *step],))
+                         arguments=([*FLAGS, "--compile", "--output_dir=run", step],))
         assert started.wait(300) == [0] * processes, started.stderr()
         graphs = re.findall(r"graphs: (\d+)", started.stdout())
         assert len(graphs) == processes and "0" not in graphs

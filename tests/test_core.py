@@ -666,6 +666,13 @@ def test_transforms_of_small_images():
     assert names.count("Normalize") == 1 and names[-1] == "RandomErasing"
 
 
+def test_the_default_augmentation_fails_on_no_image():
+    args = make_args("--data_set=cifar100")
+    images = random_images(args, 100)
+    for seed in range(4000):
+        images[seed % 100, seed]
+
+
 def test_the_loading_workers_use_the_cores_that_there_are(monkeypatch):
     monkeypatch.setattr(utils, "available_cores", lambda: 64)
     assert make_args("--data_set=cifar100").num_workers == 64

@@ -92,9 +92,9 @@ def killed_run(flags, seconds, name, number):
     run_template(flags, seconds)
 
 
-@pytest.mark.parametrize("name, number, seconds", [
-    ("end_epoch", 1, 0), ("end_epoch", 1, 30), ("end_epoch", 3, 0), ("end_epoch", 3, 30),
-    ("end_epoch", 6, 30), ("end_task", 2, 30)])
+@pytest.mark.parametrize("seconds", [0, 30])
+@pytest.mark.parametrize("name, number", [
+    ("end_epoch", 1), ("end_epoch", 3), ("end_epoch", 6), ("end_task", 2)])
 def test_killed_at_a_chosen_moment(launch, finish, tmp_path, reference, name, number, seconds):
     """In and after a task, with a checkpoint after every epoch and with the one of the task before
     (for epoch 1: with none); and between herding and the next checkpoint."""
