@@ -1459,8 +1459,8 @@ class Run:
         """Make BatchNorm's averages equal on all ranks, log the epoch, and write a checkpoint if it
         was the last of a fit, or half a minute has passed since the one before.
 
-        averages: what `train_epoch` returns. All that is in it goes to log.jsonl, also numbers and
-        lists of your own; "loss", "images" and "seconds" must be."""
+        averages: what `train_epoch` returns. All that is in it goes to log.jsonl, also numbers,
+        lists and tensors of your own; "loss", "images" and "seconds" must be."""
         args = self.args
         weights = torch.stack([p.detach().abs().max() for p in trainer.model.parameters()
                                if p.numel()])
@@ -1479,6 +1479,8 @@ class Run:
             return
         line = {"task": trainer.task + 1, "stage": trainer.stage + 1, "epoch": trainer.epoch,
                 **averages, "lr": self.lr}
+        line = {name: value.tolist() if hasattr(value, "tolist") else value  # tensors, arrays
+                for name, value in line.items()}
         self.log.append(line)
         try:
             with open(self.dir / "log.jsonl", "a") as file:

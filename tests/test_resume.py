@@ -154,7 +154,7 @@ def test_results_name_the_device_and_the_versions_of_the_last_start(finish, tmp_
 
 
 class NumpyTrainer(template.CilTrainer):
-    """Its schedule, its log and its results hold numbers of numpy."""
+    """Its schedule, its log and its results hold numbers of numpy, its log tensors as well."""
 
     def make_optimizer(self, parameters, num_epochs, lr):
         optimizer, _ = super().make_optimizer(parameters, num_epochs, lr)
@@ -162,7 +162,9 @@ class NumpyTrainer(template.CilTrainer):
             optimizer, lambda epoch: 0.5 + 0.5 * np.cos(np.pi * epoch / num_epochs))
 
     def train_epoch(self, loader, optimizer):
-        return {**super().train_epoch(loader, optimizer), "own": np.mean([0.5, np.nan])}
+        return {**super().train_epoch(loader, optimizer), "own": np.mean([0.5, np.nan]),
+                "tensor": torch.tensor(0.5), "tensors": torch.tensor([1.0, 2.0]),
+                "short": np.float32(0.25)}
 
     def finish_task(self):
         super().finish_task()
@@ -177,6 +179,8 @@ def test_numbers_of_numpy_in_a_checkpoint(tmp_path, monkeypatch):
                 *SHORT, "--device=cpu", f"--output_dir={tmp_path / name}", *flags]), NumpyTrainer)
     assert read_results(tmp_path / "run") == read_results(tmp_path / "whole")
     assert same_model(tmp_path / "run", tmp_path / "whole")
+    for line in log_lines(tmp_path / "run"):
+        assert (line["tensor"], line["tensors"], line["short"]) == (0.5, [1.0, 2.0], 0.25)
 
 
 def test_resume_on_another_number_of_processes(finish, tmp_path, reference):
