@@ -850,4 +850,4 @@ def test_the_output_in_the_readme_is_that_of_a_recorded_run():
         line = f"{t + 1:>10}" + "".join(f"{a:8.2f}" for a in row) + " " * 8 * (3 - t) + f"{acc1:8.2f}"
         assert line in text
     assert (f"average incremental accuracy {run['average_incremental_accuracy']:.2f} %, last "
-            f"{run['last_accuracy']:.2f} %, forgetting {run['forgetting']:.2f} points") in text
+            f"{run['last_accuracy']:.2f} %, forgetting {run['forgetting']:.2f} points, {run['seconds']:.0f} s") in text

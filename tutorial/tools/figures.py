@@ -582,12 +582,13 @@ def draw_itaml():
 def draw_continuum():
     """What iTAML scores on the digits, by the number of images that are known to share a task."""
     figure, axes = new_figure()
-    for meta, colour, shift in (("paper", BLUE, -0.02), ("released", ORANGE, 0.02)):
+    for meta, colour, shift, dots in (("paper", BLUE, -0.02, 0), ("released", ORANGE, 0.02, 3)):
         runs = load(f"digits_itaml_{meta}")
         values = np.array([[run[f"continuum_{p}"][-1] for p in (1, 5, 20)] for run in runs])
         axes.errorbar(np.arange(3) + shift, values.mean(axis=0), values.std(axis=0, ddof=1),
                       fmt="o-", color=colour, capsize=3, label=f"continuum(p), --meta {meta}")
-        axes.axhline(np.mean([run["oracle"][-1] for run in runs]), color=colour, lw=1.5, ls=":",
+        axes.axhline(np.mean([run["oracle"][-1] for run in runs]), color=colour, lw=1.5,
+                     ls=(dots, (2, 4)),  # the dots of one between those of the other
                      label=f"oracle, --meta {meta}")
     axes.set(xticks=range(3), xlabel="images of one task that are asked together, p",
              ylabel="accuracy after the last task (%)", ylim=(0, 102),
