@@ -373,12 +373,13 @@ def report_unless_left(kind, error, trace):
     unused = re.search(r"did not receive grad for rank \d+: (.*)", str(error))  # from DDP
     if lost and issubclass(kind, RuntimeError):
         time.sleep(10)
-        print(f"error: lost another process of this launch ({lost[0]})", file=sys.stderr)
+        tqdm.write(f"error: lost another process of this launch ({lost[0]})", file=sys.stderr)
     elif unused:
         time.sleep(10 * (dist.get_rank() > 0))  # rank 0 speaks for all
-        print(f"error: the loss does not depend on these weights, and all processes wait for their "
-              f"gradients: {unused[1]}. While they rest, set their requires_grad to False before "
-              "fit, or make them when they are needed (in expand_model)", file=sys.stderr)
+        tqdm.write(f"error: the loss does not depend on these weights, and all processes wait for "
+                   f"their gradients: {unused[1]}. While they rest, set their requires_grad to "
+                   "False before fit, or make them when they are needed (in expand_model)",
+                   file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -391,6 +392,15 @@ def set_seed(args, *numbers, rank=0):
     drawn = int(sequence.generate_state(1)[0]) >> 1
     timm.utils.random_seed(drawn, rank)
     return drawn
+
+
+@contextlib.contextmanager
+def python_and_numpy_kept():
+    """Inside, the generators of python and numpy may be seeded and drawn from; after it they go on
+    as if nothing had been."""
+    states = random.getstate(), np.random.get_state()
+    yield
+    random.setstate(states[0]), np.random.set_state(states[1])
 
 
 def seed_epoch(trainer):
@@ -629,7 +639,6 @@ class Scenario:
     """
 
     def __init__(self, x, y, fits, increments, class_order, class_names, args):
-        # (Imported here, since that takes seconds, and a wrong flag is to be answered at once.)
         from continuum import ClassIncremental
         from continuum.datasets import InMemoryDataset
         from continuum.tasks import TaskType
@@ -694,9 +703,8 @@ def crops(args):
 
 
 def in_batches(args):
-    """Whether training images are only shifted and mirrored: then whole batches are, as tensors."""
-    return (args.input_size <= SMALL and crops(args) == "shift"
-            and args.aa == "none" and args.color_jitter == args.reprob == 0)
+    """Whether training images are only shifted and mirrored: small ones then in whole batches."""
+    return crops(args) == "shift" and args.aa == "none" and args.color_jitter == args.reprob == 0
 
 
 def build_transform(args, train):
@@ -757,7 +765,7 @@ class ImageSet(Dataset):
 
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2 ** 32, ())))
-        before = torch.get_rng_state()  # dropout must not depend on where images are loaded
+        before = torch.get_rng_state()  # what a method draws must not depend on who loads images
         if seed is not None:  # the three generators that transforms draw from
             random.seed(seed)
             np.random.seed(seed)
@@ -772,6 +780,12 @@ class ImageSet(Dataset):
                              f"or change --aa {self.args.aa}") from None
         torch.set_rng_state(before)
         return image, int(self.y[index])
+
+    def __getitems__(self, keys):
+        """A batch, as DataLoader asks for it. (To keep numpy's generator takes half a millisecond,
+        too long for each image.)"""
+        with python_and_numpy_kept():
+            return [self[key] for key in keys]
 
     def in_memory(self):
         """Whether the images are held in the size in which the network sees them."""
@@ -825,12 +839,10 @@ class SeededSampler:
         if self.sampler is None:
             order = torch.randperm(self.size, generator=generator)
         else:  # it may draw from any generator: from the same seed on every rank
-            states = random.getstate(), np.random.get_state()
-            with torch.random.fork_rng(devices=[]):
+            with python_and_numpy_kept(), torch.random.fork_rng(devices=[]):
                 for seed in random.seed, np.random.seed, torch.default_generator.manual_seed:
                     seed(self.seed)
                 order = torch.tensor(list(self.sampler))
-            random.setstate(states[0]), np.random.set_state(states[1])
             if order.shape != (self.size,):
                 fail(f"the sampler gives numbers of the shape {tuple(order.shape)}: it has to give "
                      f"as many row numbers as its length says, {self.size}, and no batches of them")

@@ -555,14 +555,18 @@ def test_a_sampler_of_batches_is_refused(capsys):
 
 def test_augmentation_depends_on_the_seed_alone():
     args = make_args("--data_set=cifar100", "--reprob=0.5", "--batch_size=8")
-    images, batches = random_images(args, 40), {}
+    images, batches, drawn = random_images(args, 40), {}, {}
     for args.num_workers in (0, 2):
         loader = utils.train_loader(images, args)
         loader.sampler.seed = 5
         torch.manual_seed(args.num_workers)
         batches[args.num_workers] = list(loader)
+        utils.set_seed(args)  # what a method draws does not depend on the workers either
+        drawn[args.num_workers] = [(random.random(), np.random.rand(), torch.rand(()).item())
+                                   for _ in loader]
     for (x, y), (x2, y2) in zip(batches[0], batches[2]):
         assert torch.equal(x, x2) and torch.equal(y, y2)
+    assert drawn[0] == drawn[2] and len(set(drawn[0])) == 5
     assert torch.equal(images[3, 7][0], images[3, 7][0])
     assert not torch.equal(images[3, 7][0], images[3, 8][0])
     assert not torch.equal(images[3][0], images[3][0])  # a plain index: any augmentation

@@ -1,5 +1,6 @@
 """What a run says: its first line, progress, the last words when it is stopped, hints, --help."""
 import argparse
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT, Launch, read_results, run_file
+from tqdm import tqdm
 
 import template
 import utils
@@ -324,6 +326,19 @@ def test_weights_without_gradient_are_named(launch):
     assert started.stderr().count("\n") == 1, started.stderr()
     assert re.match("error: the loss does not depend on these weights, .*: auxiliary.bias, "
                     r"auxiliary.weight\. While they rest", started.stderr())
+
+
+@pytest.mark.parametrize("error, says", [
+    ("Connection closed by peer [127.0.0.1]:1", "lost another process of this launch"),
+    ("parameters which did not receive grad for rank 0: x.bias", "the loss does not depend")])
+def test_a_last_word_does_not_stand_behind_the_bar(monkeypatch, error, says):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(utils.dist, "get_rank", lambda: 0)
+    with tqdm(total=2):
+        utils.report_unless_left(RuntimeError, RuntimeError(error), None)
+        lines = re.split("[\r\n]", sys.stderr.getvalue())
+    assert any(line.startswith(f"error: {says}") for line in lines), lines
 
 
 # ---- --help --------------------------------------------------------------------------------------

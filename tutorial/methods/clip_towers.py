@@ -47,10 +47,10 @@ class ClipTowers:
         self.clip, self.args = clip.eval().requires_grad_(False).to(args.device), args
         self.scale = float(clip.logit_scale.exp())
         self.width = clip.token_embedding.embedding_dim
-        theirs = utils.get_statistics(args)[:2]  # of the images as they come
+        own = utils.get_statistics(args)[:2]  # of the images as they come
         (mean, std), (own_mean, own_std) = (
             [torch.tensor(numbers, device=args.device)[:, None, None] for numbers in pair]
-            for pair in ((mean, std) if mean else theirs, theirs))
+            for pair in ((mean, std) if mean else own, own))
         self.gain, self.shift = own_std / std, (own_mean - mean) / std
         self.image_dim = clip.visual.output_dim
         self.tokenizer = import_open_clip().SimpleTokenizer(context_length=clip.context_length)

@@ -9,6 +9,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 import utils
 from template import CilTrainer, main
@@ -114,7 +115,7 @@ class ITAML(CilTrainer):
         for name, score in scores.items():
             self.run.results.setdefault(name, []).append(score)
         if self.args.rank == 0:
-            print(f"task {self.task + 1}: " + ", ".join(
+            tqdm.write(f"task {self.task + 1}: " + ", ".join(  # above the bar, if there is one
                 f"{name} {score:.2f}" for name, score in scores.items()))
 
 

@@ -3,7 +3,6 @@ network. Chapter 21.
 
     python -m tutorial.methods.tiny_clip runs/tiny_clip.pt    # for --clip_weights: saves its seconds
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +36,8 @@ def train(args, num_steps=200, groups=32):
     caption among the captions, and each caption its image: a cross-entropy in both directions.
     """
     open_clip = import_open_clip()
-    # The seed and the machine are those of the run; its data and augmentations are not.
-    own = argparse.Namespace(**{**vars(utils.get_parser().parse_args([])), "seed": args.seed})
-    own.input_size, own.aa = CONFIG["vision_cfg"]["image_size"], "none"
+    # The seed and the machine are those of the run; its data and augmentation are not.
+    own = utils.fill_in(utils.get_parser().parse_args([]))  # the preset of the digits
     utils.set_seed(args)
     clip = open_clip.CLIP(**CONFIG)
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)

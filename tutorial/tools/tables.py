@@ -90,8 +90,7 @@ def paired(first, runs, number, less=False, subtract=None):
 def gains(rows):
     """A row for each further (name, runs): its difference to the first, seed by seed."""
     (name, first), *others = rows
-    return table([f"minus {name}", *(re.sub(r" \(.*", " (points)", title) for _, title in SUMMARY)],
-                 [[other, *gain(first, runs)] for other, runs in others])
+    return differences([(other, runs, first) for other, runs in others], f"minus {name}")
 
 
 def differences(rows, head="difference, seed by seed"):

@@ -2,7 +2,7 @@
 
     python -m tutorial.tools.use runs/NAME/model.pt IMAGE [IMAGE ...]
 
-Or in a program:
+Or in a program, after `import utils`:
 
     from tutorial.tools.use import classify, load
     model, transform, names = load("runs/NAME/model.pt")
