@@ -61,6 +61,7 @@ GROUPS = {
     "cifar100_icarl": ("icarl", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_itaml": ("itaml", f"{CIFAR} --backbone resnet32 --num_epochs 5", ONE),
     "cifar100_lucir": ("lucir", f"{CIFAR} --num_epochs 20", ONE),
+    "cifar100_lucir_60": ("lucir", SIXTY, ONE),
     "cifar100_podnet": ("podnet", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_replay": ("template.py", f"{TWENTY} --lambda_kd 0 --no_align", ONE),
     "cifar100_replay_5": ("template.py", f"{FIVE} --lambda_kd 0 --no_align", ONE),
