@@ -1489,10 +1489,10 @@ class Run:
         self.train_seconds += averages["seconds"]
         if args.rank:
             return
+        numbers = {name: value.tolist() if hasattr(value, "tolist") else value  # tensors, arrays
+                   for name, value in averages.items()}
         line = {"task": trainer.task + 1, "stage": trainer.stage + 1, "epoch": trainer.epoch,
-                **averages, "lr": self.lr}
-        line = {name: value.tolist() if hasattr(value, "tolist") else value  # tensors, arrays
-                for name, value in line.items()}
+                **numbers, "lr": self.lr}
         self.log.append(line)
         try:
             with open(self.dir / "log.jsonl", "a") as file:
