@@ -8,10 +8,17 @@ Recognition" (CVPR 2016, section 4.2). Importing this file makes them known to t
 
 They follow timm's conventions, so that the trainer treats them like every other timm model.
 """
+import torch
 from timm.layers import SelectAdaptivePool2d
 from timm.models import register_model
 from timm.models._features import feature_take_indices
 from torch import nn
+
+
+def _in_channels_last(gradient):
+    """An average over the pixels hands its gradient back in NCHW. The next ReLU puts that right;
+    without one the whole way back is slow (a step took 1.8 times as long on a CPU)."""
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 class PaddedShortcut(nn.Module):
@@ -77,6 +84,7 @@ class CifarResNet(nn.Module):
             raise ValueError(f"a CIFAR ResNet has 6n + 2 layers, not {depth}")
         blocks = (depth - 2) // 6
         self.drop_rate = drop_rate
+        self.signed = signed
         self.num_features = self.head_hidden_size = 64
         self.stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1, bias=False),
                                   nn.BatchNorm2d(16), nn.ReLU(inplace=True))
@@ -122,6 +130,8 @@ class CifarResNet(nn.Module):
             if stop_early and i > last:
                 break
             x = self.get_submodule(info["module"])(x)
+            if self.signed and x.requires_grad:
+                x.register_hook(_in_channels_last)
             if i in wanted:
                 maps.append(x)
         return maps if intermediates_only else (x, maps)

@@ -1,5 +1,6 @@
 """The model, the loss, the memory, the metrics and the data against independent references."""
 import ast
+import copy
 import io
 import json
 import math
@@ -137,6 +138,29 @@ def test_cifar_resnet_feature_maps_and_last_relu():
         resnet.CifarResNet(30)
     with pytest.raises(RuntimeError, match="no pretrained"):
         timm.create_model("resnet32", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet32_signed"])
+def test_gradients_keep_the_layout_of_the_images(name):
+    """Batch norm is several times slower where its input and its gradient have two layouts."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=0).double()
+    model = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    images, layouts = torch.randn(4, 3, 32, 32, dtype=torch.double), []
+
+    def watch(module, inputs, maps):
+        maps.register_hook(lambda gradient: layouts.append(
+            gradient.is_contiguous(memory_format=torch.channels_last)))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(watch)
+    for network, memory in ((model, torch.channels_last), (plain, torch.contiguous_format)):
+        _, maps = network.forward_intermediates(images.to(memory_format=memory))
+        sum((m.mean(dim=(2, 3)) ** 2).sum() for m in maps).backward()
+    assert len(layouts) >= 19 and all(layouts)
+    for ours, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, reference.grad)
 
 
 # ---- loss ----------------------------------------------------------------------------------
