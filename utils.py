@@ -294,7 +294,8 @@ def setup(args):
     args = fill_in(args)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
     if args.num_workers is None:  # tiny images cost less to load than to pass between processes
-        args.num_workers = available_cores() // here if args.input_size > 16 else 0
+        # (More than 32 only fill the memory: each keeps two batches ready.)
+        args.num_workers = min(32, available_cores() // here) if args.input_size > 16 else 0
     args.config = dict(vars(args))
     args.local_rank, args.rank, args.world_size = launched_as()
     args.distributed = args.world_size > 1
@@ -337,6 +338,12 @@ def join_processes(args):
         store, *_ = next(rendezvous("env://", args.rank, args.world_size))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = own_store(store, args)
+        if args.rank == 0:
+            store.set("device", args.device.type)
+        elif (first := store.get("device").decode()) != args.device.type:
+            fail(f"these processes would compute on the {args.device.type}, those of rank 0 on the "
+                 f"{first}: one machine has fewer GPUs than processes. --device cpu takes the CPU "
+                 "everywhere", everywhere=args.local_rank > 0)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=args.rank,
             world_size=args.world_size, device_id=args.device if cuda else None)
@@ -930,7 +937,8 @@ def clean_batches(image_set, args, rows=None):
         workers = args.num_workers if len(image_set) > 2000 else 0  # starting them takes a second
         keys = [(row, None) for row in rows.tolist()]
         yield from to_device(DataLoader(image_set, 250, sampler=keys, num_workers=workers,
-                                        generator=torch.Generator()), args)
+                                        generator=torch.Generator(),
+                                        pin_memory=args.device.type == "cuda"), args)
 
 
 def to_device(loader, args):
@@ -1029,7 +1037,7 @@ def distribute(model, args):
     """
     if not args.distributed:
         return model
-    on_gpu = [args.local_rank] if args.device.type == "cuda" else None
+    on_gpu = [args.device] if args.device.type == "cuda" else None
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     # Of 1 x 1 convolutions, whose strides can be written in two ways for the same layout.
     warnings.filterwarnings("ignore", message=r"Grad strides do not match[^[]*\[\d+, \d+, 1, 1\]")
@@ -1043,7 +1051,7 @@ def SGD(parameters, lr, args):
     (torch 2.15). Who sets gradients by hand gives them the layout of their weights: the fused form
     does not look."""
     return torch.optim.SGD(parameters, lr, args.momentum, weight_decay=args.weight_decay,
-                           fused=args.amp != "fp16")
+                           fused=True if args.amp != "fp16" else None)
 
 
 def train_mode(model, resting):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SHORT, run_template
 from PIL import Image
+from torch.distributed import TCPStore
 
 import template
 import utils
@@ -142,6 +143,19 @@ def test_a_second_machine_without_gpus_speaks_for_itself(launch):
             MASTER_ADDR="127.0.0.1", MASTER_PORT="1"))
         assert started.wait() == [code]
         assert started.stderr().count("error: --device cuda") == (code == 2)
+
+
+def test_a_second_machine_that_lost_a_gpu_does_not_wait_for_ever(launch):
+    """Rank 0 has its GPUs, and would wait for nccl."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("device", "cuda")
+    for local_rank, code in ((0, 2), (1, 7)):
+        started = launch(function=run_that_does_not_wait, arguments=([],), env=dict(
+            RANK=str(2 + local_rank), LOCAL_RANK=str(local_rank), WORLD_SIZE="4", LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port)))
+        assert started.wait() == [code]
+        assert started.stderr().count("error: these processes would compute on the cpu, those of rank 0 on "
+                                      "the cuda") == (code == 2)
 
 
 def test_one_line_of_ours_under_torchrun(tmp_path):

@@ -92,11 +92,12 @@ class LUCIR(CilTrainer):
         loss = F.cross_entropy(logits, targets)
         if self.teacher is None:
             return loss, logits
-        # Less-forget: the features shall keep their direction, the more so the more is known.
-        _, old_features = self.teacher(images)
-        weight = self.args.lambda_base * math.sqrt(self.known_classes / self.nb_new)
-        cosine = F.cosine_similarity(features.float(), old_features.float())
-        loss = loss + weight * (1 - cosine).mean()
+        if features.requires_grad:  # not in the second stage
+            # Less-forget: the features shall keep their direction, the more so the more is known.
+            _, old_features = self.teacher(images)
+            weight = self.args.lambda_base * math.sqrt(self.known_classes / self.nb_new)
+            cosine = F.cosine_similarity(features.float(), old_features.float())
+            loss = loss + weight * (1 - cosine).mean()
         # Margin ranking: for an exemplar, its class beats the K strongest new ones by a margin.
         cosines = logits / self.model.fc.sigma
         rivals = cosines[:, self.known_classes:].topk(min(self.args.margin_k, self.nb_new)).values

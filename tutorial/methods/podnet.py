@@ -104,7 +104,7 @@ class PODNet(CilTrainer):
         logits, features, maps = self.parallel_model(images)
         margin = 0.6 * self.model.fc.eta if self.args.nca == "paper" else None
         loss = nca(logits, targets, margin).mean()
-        if self.teacher is not None:
+        if self.teacher is not None and features.requires_grad:  # not in the second stage
             _, old_features, old_maps = self.teacher(images)
             factor = math.sqrt(logits.shape[1] / self.nb_new)  # all classes, the new included
             spatial = self.args.lambda_spatial * pod_spatial(old_maps, maps)
