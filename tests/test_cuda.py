@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from test_methods import METHODS
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -40,6 +41,18 @@ def test_digits_stopped_and_resumed(tmp_path, gpu, flags):
     assert results["finished"] and results["device"] != "cpu"
     assert results["acc1s"][0] > 90 and results["last_accuracy"] > 30
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 36
+
+
+@pytest.mark.parametrize("name, flags", [
+    *((name, [f"--amp={amp}"]) for name in METHODS for amp in ("bf16", "fp16")),
+    *((name, ["--compile"]) for name in ("icarl", "lucir", "bal_ft", "frozen"))],
+    ids=lambda value: value if isinstance(value, str) else value[0])
+def test_each_method(tmp_path, gpu, name, flags):
+    start(tmp_path, {**gpu, "PYTHONPATH": str(ROOT)}, "-m", f"tutorial.methods.{name}", *TASKS,
+          *METHODS[name], *flags, "--num_epochs=2", "--output_dir=run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["finished"] and len(results["acc1s"]) == 3
+    assert results["device"] != "cpu" or DEVICE == "cpu"
 
 
 def test_torchrun_on_each_gpu_and_an_error_without_a_warning(tmp_path, gpu):
