@@ -63,6 +63,7 @@ GROUPS = {
     "cifar100_lucir": ("lucir", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_lucir_60": ("lucir", SIXTY, ONE),
     "cifar100_podnet": ("podnet", f"{CIFAR} --num_epochs 20", ONE),
+    "cifar100_podnet_60": ("podnet", SIXTY, ONE),
     "cifar100_replay": ("template.py", f"{TWENTY} --lambda_kd 0 --no_align", ONE),
     "cifar100_replay_5": ("template.py", f"{FIVE} --lambda_kd 0 --no_align", ONE),
     "cifar100_replay_60": ("template.py", f"{SIXTY} --lambda_kd 0 --no_align", ONE),

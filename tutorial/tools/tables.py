@@ -19,8 +19,8 @@ from tutorial.tools.reproduce import RESULTS, ROOT, load
 
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "tutorial").rglob("*.md"))]
 # The colours of the pictures, which are told apart by everyone; the lists below name them.
-GREY, RED, BLUE, PINK, GREEN, ORANGE, BLACK, SKY = (
-    "#777777", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00", "#000000", "#56b4e9")
+GREY, RED, BLUE, PINK, GREEN, ORANGE, BLACK, SKY, WINE = (
+    "#777777", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00", "#000000", "#56b4e9", "#882255")
 
 # WA's ablations: name of the group, label, flags on top of the defaults, colour in the pictures.
 ABLATION = [("finetune", "finetune", "--memory_size 0 --lambda_kd 0 --no_align", GREY),
@@ -235,6 +235,7 @@ def cifar100():
 
 # The runs with 60 epochs a task: name of the group, label, colour in the picture.
 LONG = [*((name, label, colour) for name, label, _, colour in ABLATION), ("lucir", "LUCIR", SKY),
+        ("podnet", "PODNet", WINE),
         ("frozen_means", "frozen backbone, class means", ORANGE), ("frozen_ridge", "frozen backbone, ridge", BLACK)]
 
 
