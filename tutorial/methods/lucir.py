@@ -94,9 +94,8 @@ class LUCIR(CilTrainer):
             return loss, logits
         if features.requires_grad:  # not in the second stage
             # Less-forget: the features shall keep their direction, the more so the more is known.
-            _, old_features = self.teacher(images)
             weight = self.args.lambda_base * math.sqrt(self.known_classes / self.nb_new)
-            cosine = F.cosine_similarity(features.float(), old_features.float())
+            cosine = F.cosine_similarity(features.float(), self.teacher(images)[1].float())
             loss = loss + weight * (1 - cosine).mean()
         # Margin ranking: for an exemplar, its class beats the K strongest new ones by a margin.
         cosines = logits / self.model.fc.sigma
