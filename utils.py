@@ -136,7 +136,7 @@ class Parser(argparse.ArgumentParser):
     def format_help(self):
         """With examples, and the defaults by data set, a method's own (`fill_in`) among them."""
         text, own = super().format_help(), self.get_default("presets") or {}
-        if self.get_default("data_set") is None:  # a tool, not a training
+        if "--batch_size" not in text:  # a tool, not a training
             return text
         text += """
 examples:
@@ -477,7 +477,7 @@ def rank_0_first(make, args, say):
 # Up to this side, in pixels, images are small: cropped by a shift, and held in memory.
 SMALL = 64
 # But not above this memory for train and test together: 170,000 images of 64 x 64, more than Tiny
-# ImageNet has. A task's own images are copied from there, and once more with a frame.
+# ImageNet has. A task's own images are copied from there, up to three times (chapter 12).
 MEMORY_LIMIT = 2 * 2 ** 30
 
 

@@ -388,6 +388,12 @@ def test_help_shows_the_defaults_of_every_data_set(name):
         assert {flag: str(getattr(filled, flag[2:])) for flag in values} == values
 
 
+def test_the_help_of_a_tool_has_no_defaults_of_a_training():
+    parser = utils.Parser()
+    parser.add_argument("--data_set", default="image_folder", help="as in tools/hold_out.py")
+    assert "--num_epochs" not in parser.format_help()
+
+
 @pytest.mark.parametrize("name", METHODS + ["icarl", "podnet", "itaml", "aanets", "feature_kd"])
 def test_every_flag_has_a_help_text(name):
     for action in get_parser(name)._actions:

@@ -36,7 +36,8 @@ TEXTS = tables.TEXTS
 CHAPTERS = sorted((ROOT / "tutorial").glob("[0-9]*.md"))
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "tutorial").rglob("*.py")]
 LAUNCHER = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
-            "--max-restarts", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
+            "--max-restarts", "--standalone", "--nodes", "--ntasks-per-node", "--gpus-per-node",
+            "--cpus-per-task"}
 
 
 # ---- the rules -----------------------------------------------------------------------------

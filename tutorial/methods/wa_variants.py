@@ -1,5 +1,6 @@
-"""WA with one detail changed: the clipped weights of its paper, or a loss in which the labels keep
-their full strength (chapter 8), or the factor T^2 of Hinton's distillation (chapter 7).
+"""WA with one detail changed: the clipped weights of its paper (chapter 8), a loss in which the
+labels keep their full strength (chapters 7, 8 and 10), or the factor T^2 of Hinton's distillation
+(chapter 7).
 
     python -m tutorial.methods.wa_variants --variant clipped
     python -m tutorial.methods.wa_variants --variant survey

@@ -1,4 +1,4 @@
-"""Draws tutorial/img/ from tutorial/results/ alone.
+"""Draws tutorial/img/: results from tutorial/results/, ideas from the numbers below.
 
     python -m tutorial.tools.figures                  # all pictures but two
     python -m tutorial.tools.figures --data_path DIR  # and the two that show CIFAR-100 images

@@ -1,4 +1,4 @@
-"""Fills in every table and number of the texts, from tutorial/results/ alone.
+"""Fills in every table and number of the texts, from tutorial/results/ and the flags of the code.
 
     python -m tutorial.tools.tables
 
