@@ -52,6 +52,8 @@ GROUPS = {
         "--upper_bound joint --loss own", ONE),
     "cifar100_der": ("der", TWENTY, ONE),
     "cifar100_finetune": ("template.py", f"{TWENTY} --memory_size 0 --lambda_kd 0 --no_align", ONE),
+    "cifar100_finetune_60": (
+        "template.py", f"{SIXTY} --memory_size 0 --lambda_kd 0 --no_align", ONE),
     "cifar100_first_60": ("template.py", f"{SIXTY} --stop_after_task 1", ONE),
     "cifar100_frozen_bare_60": ("frozen", f"{SIXTY} --adapt --head ridge --projection 0", ONE),
     "cifar100_frozen_means_60": ("frozen", f"{SIXTY} --adapt", ONE),
