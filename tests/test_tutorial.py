@@ -339,7 +339,7 @@ def test_the_list_names_every_run(monkeypatch, capsys):
     # These are the first edition's, until they are made again.
     first = {f"cifar100_{name}" for name in (
         "aanets_lucir", "bal_ft_all_growing", "bal_ft_all_joint", "bal_ft_own_growing",
-        "bal_ft_own_joint", "icarl", "itaml", "lucir", "podnet")}
+        "bal_ft_own_joint", "icarl", "lucir", "podnet")}
     assert versions == {name: "1" if name in first else utils.VERSION for name in GROUPS}
 
 
@@ -939,6 +939,19 @@ def test_measurements_of_a_run(small_run, tmp_path, monkeypatch):
     for row in found["rows"]:
         union = row["different_images"]["2"]
         assert row["different_images"]["1"] == 4 and union == pytest.approx(8 - 4 * row["shared_by_two"])
+
+
+def test_the_adaptation_of_a_finished_run_is_that_of_the_run(tmp_path, launch, monkeypatch):
+    from tutorial.tools import measure
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    started = launch(function=run_file, arguments=(ROOT, "tutorial.methods.itaml", [
+        *SHORT, "--memory_size=120", "--output_dir=out", "--stop_after_task=2"]))
+    assert started.wait() == [0], started.stderr()
+    measure.adaptation(SimpleNamespace(run=tmp_path / "out", data_path=None))
+    rows = json.loads((tmp_path / "adaptation_out.json").read_text())["rows"]
+    before = json.loads((tmp_path / "out/results.json").read_text())["oracle"]
+    assert rows[0] == {"rate": 1e-3, "oracle": pytest.approx(before[-1], abs=1e-3)}
+    assert rows[-1]["rate"] == 0 and rows[-1]["oracle"] != rows[0]["oracle"]
 
 
 def test_the_variants_of_wa_do_what_they_say(tmp_path, launch):

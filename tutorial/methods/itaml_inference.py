@@ -29,9 +29,9 @@ def task_losses(model, images, targets, task_of):
     return losses.sum(dim=1) / own.sum(dim=1), logits.masked_fill(~own, -math.inf)
 
 
-def adapt(trainer, task):
-    """A copy of the model after one epoch on the exemplars of this task. Every rank does the same
-    work and gets the same copy. With one task, or no exemplars, there is nothing to adapt to."""
+def adapt(trainer, task, rate=1e-3):
+    """A copy of the model after one epoch of Adam on the exemplars of this task. Every rank does
+    the same work and gets the same copy. With one task, or no exemplars, nothing is to be done."""
     model, args = copy.deepcopy(trainer.model), trainer.args
     if trainer.task == 0 or not trainer.exemplars:
         return model
@@ -42,7 +42,7 @@ def adapt(trainer, task):
     alone = Namespace(**vars(args) | dict(rank=0, world_size=1, batch_size=1, num_workers=0))
     sampler = utils.SeededSampler(len(images), alone)
     sampler.seed = utils.set_seed(args, trainer.task, task)
-    optimizer = torch.optim.Adam(model.train().parameters(), 1e-3)
+    optimizer = torch.optim.Adam(model.train().parameters(), rate)
     for x, y in utils.to_device(utils.make_batches(images, sampler, 64, alone), args):
         if len(x) > 1:  # one image has no statistics for BatchNorm
             optimizer.zero_grad()
@@ -64,12 +64,12 @@ def continuum(best, told, tasks, p):
     return found & told, found
 
 
-def answer(trainer, task):
+def answer(trainer, task, rate=1e-3):
     """best (n, tasks), base (n,), told (n,) for the n test images of a task, in a seeded order.
 
     best: each task's largest logit; base: whether the largest of all logits is right; told: whether
-    the network that is adapted to this task finds the class among the task's."""
-    adapted = adapt(trainer, task).eval()
+    the network that is adapted to this task, at this rate, finds the class among the task's."""
+    adapted = adapt(trainer, task, rate).eval()
     args, model, task_of = trainer.args, trainer.model.eval(), tasks_of(trainer)
     tasks, test_set = range(trainer.task + 1), trainer.run.test_scenario.images(task)
 

@@ -5,9 +5,10 @@
     python -m tutorial.tools.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
     python -m tutorial.tools.measure ranks RUN       # chapter 11: what each rank would choose alone
     python -m tutorial.tools.measure speed           # chapter 12: where the time goes (CPU, minutes)
+    python -m tutorial.tools.measure adaptation RUN  # chapter 20: of iTAML, at other rates
     python -m tutorial.tools.measure alta            # chapter 21: tiny CLIP, speed of prompts, minutes
 
-RUN is the output directory of a finished run of template.py; if its data lie elsewhere now, say
+RUN is the output directory of a finished run of template.py (or itaml); if its data lie elsewhere now, say
 so with --data_path. With --data_path a run that was recorded on another machine can be measured.
 """
 import argparse
@@ -239,6 +240,24 @@ def speed(mine, steps=20, rounds=3):
                     "launches": launches})
 
 
+def adaptation(mine):
+    """The oracle of a run of iTAML (with --herding_method first, its default) if the copies of its
+    network adapt at other rates. At a rate of 0 BatchNorm's averages move, and no weight."""
+    from tutorial.methods import itaml  # noqa: F401  (makes its networks known to timm)
+    from tutorial.methods.itaml_inference import answer
+    args, results, model, (train, test) = load_run(mine)
+    tasks, exemplars = range(len(model.fc.heads)), []
+    m = args.memory_size // sum(results["increments"][:len(tasks)])
+    for images in map(train.images, tasks):
+        exemplars += [images.select(images.y == c).select(slice(m)) for c in np.unique(images.y)]
+    trainer = SimpleNamespace(
+        args=args, model=model.requires_grad_(True), task=tasks[-1], exemplars=exemplars,
+        run=SimpleNamespace(increments=results["increments"], test_scenario=test))
+    write(f"adaptation_{mine.run.name}", {"data_set": args.data_set, "rows": [
+        {"rate": rate, "oracle": 100 * np.mean(np.concatenate([
+            answer(trainer, task, rate)[2] for task in tasks]))} for rate in (1e-3, 3e-4, 1e-4, 0)]})
+
+
 def alta(mine, rounds=3):
     """Zero-shot accuracy of the tiny CLIP of ten seeds; seconds for the prompts of a training step
     with a ViT-B/32 of random weights, and for a test image, in the naive way and in ours."""
@@ -299,13 +318,14 @@ def alta(mine, rounds=3):
 
 
 def main():
-    measures = {f.__name__: f for f in (norms, border, exemplars, ranks, speed, alta)}
+    measures = {f.__name__: f for f in (
+        norms, border, exemplars, ranks, speed, adaptation, alta)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=measures)
     parser.add_argument("run", nargs="?", type=Path, help="output directory of a finished run")
     parser.add_argument("--data_path", help="where the data of that run lie now")
     mine = parser.parse_args()
-    if mine.what in ("norms", "border", "exemplars", "ranks") and mine.run is None:
+    if mine.what in ("norms", "border", "exemplars", "ranks", "adaptation") and mine.run is None:
         parser.error(f"{mine.what} needs the output directory of a finished run")
     measures[mine.what](mine)
 

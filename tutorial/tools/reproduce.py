@@ -61,7 +61,9 @@ GROUPS = {
         "frozen", f"{SIXTY} --adapt --head ridge --increment 1 --ridge 0.01", ONE),
     "cifar100_frozen_ridge_60": ("frozen", f"{SIXTY} --adapt --head ridge", ONE),
     "cifar100_icarl": ("icarl", f"{CIFAR} --num_epochs 20", ONE),
-    "cifar100_itaml": ("itaml", f"{CIFAR} --backbone resnet32 --num_epochs 5", ONE),
+    "cifar100_itaml_paper": ("itaml", f"{CIFAR} --num_epochs 25 --stop_after_task 2", ONE),
+    "cifar100_itaml_released": (
+        "itaml", f"{CIFAR} --num_epochs 25 --stop_after_task 2 --meta released", ONE),
     "cifar100_lucir": ("lucir", f"{CIFAR} --num_epochs 20", ONE),
     "cifar100_lucir_60": ("lucir", SIXTY, ONE),
     "cifar100_podnet": ("podnet", f"{CIFAR} --num_epochs 20", ONE),

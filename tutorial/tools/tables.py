@@ -692,12 +692,19 @@ def itaml_by_seed():
 
 
 def itaml_cifar100():
-    """The four numbers on CIFAR-100, on the way and at the end."""
-    run = load("cifar100_itaml")[0]
-    classes, shown = np.cumsum(run["increments"]), (0, 1, 4, 9)
-    columns = [[f"{number(run):.1f}" for _, number in itaml_rows(t)] for t in shown]
-    return table(["CIFAR-100", *[f"{classes[t]} classes" for t in shown]], [
+    """The four numbers on CIFAR-100, after the first task, which both outer steps share, and after the second."""
+    paper, released = (load(f"cifar100_itaml_{meta}")[0] for meta in ("paper", "released"))
+    columns = [[f"{number(run):.1f}" for _, number in itaml_rows(t)]
+               for run, t in ((paper, 0), (paper, 1), (released, 1))]
+    return table(["CIFAR-100", "10 classes", "20 classes, `--meta paper`", "20 classes, `--meta released`"], [
         [name, *cells] for (name, _), *cells in zip(itaml_rows(0), *columns)])
+
+
+def itaml_adaptation():
+    """The oracle on CIFAR-100 after two tasks with other rates of the adaptation."""
+    rows = [measured(f"adaptation_cifar100_itaml_{meta}_seed0")["rows"] for meta in ("paper", "released")]
+    return table(["rate of the adaptation", "`--meta paper`", "`--meta released`"], [
+        [f"{paper['rate']:g}", f"{paper['oracle']:.1f}", f"{released['oracle']:.1f}"] for paper, released in zip(*rows)])
 
 
 def itaml_published():
@@ -860,7 +867,8 @@ TABLES = {f.__name__: f for f in (
     awareness_cifar100, compared, compared_by_seed, published, runs, ranks, speed, loading,
     processes, methods, cifar100_methods, aanets, base_50, cross_task, cross_task_by_seed,
     cross_task_shares, cross_task_validation, cross_task_validation_by_seed, cross_task_cifar100,
-    cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100, itaml_published, alta,
+    cross_task_published, inference, itaml, itaml_by_seed, itaml_cifar100, itaml_adaptation,
+    itaml_published, alta,
     ideas_by_seed, icarl_by_seed, lucir_by_seed, podnet_by_seed, aanets_by_seed, alta_by_seed,
     der_by_seed, alta_speed, der, der_published, frozen, frozen_by_seed, frozen_clip, frozen_when,
     frozen_cifar100, frozen_published)}
