@@ -133,11 +133,14 @@ class Parser(argparse.ArgumentParser):
             end_at_signals()
         return super().parse_args(args, namespace)
 
+    def error(self, message):  # argparse itself would print its usage, once per rank
+        fail(f"{message} (--help lists all flags)")
+
+
+class TrainingParser(Parser):
     def format_help(self):
         """With examples, and the defaults by data set, a method's own (`fill_in`) among them."""
         text, own = super().format_help(), self.get_default("presets") or {}
-        if "--batch_size" not in text:  # a tool, not a training
-            return text
         text += """
 examples:
   python template.py --lambda_kd 0.5 --seed 1
@@ -154,13 +157,10 @@ defaults, and below them where those of a data set differ:
             text += f"  {name:14} {' '.join(words)}\n"
         return text
 
-    def error(self, message):  # argparse itself would print its usage, once per rank
-        fail(f"{message} (--help lists all flags)")
-
 
 def get_parser():
     """The command line. Flags without a default here take it from the preset of --data_set."""
-    parser = Parser(allow_abbrev=False)
+    parser = TrainingParser(allow_abbrev=False)
     count, natural, share, positive = (number(0, kind=int), number(1, kind=int), number(0, 1),
                                        number(1e-12, 1e12))
     add = parser.add_argument_group("data and tasks").add_argument

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import utils
 
-SIZES = (1, 5, 20)  # of the continua that are reported
+# Of the continua that are reported; and of the adaptation, as in the released code.
+SIZES, RATE = (1, 5, 20), 1e-3
 
 
 def tasks_of(trainer):
@@ -29,7 +30,7 @@ def task_losses(model, images, targets, task_of):
     return losses.sum(dim=1) / own.sum(dim=1), logits.masked_fill(~own, -math.inf)
 
 
-def adapt(trainer, task, rate=1e-3):
+def adapt(trainer, task, rate=RATE):
     """A copy of the model after one epoch of Adam on the exemplars of this task. Every rank does
     the same work and gets the same copy. With one task, or no exemplars, nothing is to be done."""
     model, args = copy.deepcopy(trainer.model), trainer.args
@@ -64,7 +65,7 @@ def continuum(best, told, tasks, p):
     return found & told, found
 
 
-def answer(trainer, task, rate=1e-3):
+def answer(trainer, task, rate=RATE):
     """best (n, tasks), base (n,), told (n,) for the n test images of a task, in a seeded order.
 
     best: each task's largest logit; base: whether the largest of all logits is right; told: whether

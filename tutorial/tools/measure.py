@@ -8,8 +8,8 @@
     python -m tutorial.tools.measure adaptation RUN  # chapter 20: of iTAML, at other rates
     python -m tutorial.tools.measure alta            # chapter 21: tiny CLIP, speed of prompts, minutes
 
-RUN is the output directory of a finished run of template.py (or itaml); if its data lie elsewhere now, say
-so with --data_path. With --data_path a run that was recorded on another machine can be measured.
+RUN is the output directory of a finished run of template.py (or itaml); if its data lie elsewhere
+now, say so with --data_path. With --data_path a run that was recorded on another machine can be measured.
 """
 import argparse
 import itertools
@@ -243,19 +243,21 @@ def speed(mine, steps=20, rounds=3):
 def adaptation(mine):
     """The oracle of a run of iTAML (with --herding_method first, its default) if the copies of its
     network adapt at other rates. At a rate of 0 BatchNorm's averages move, and no weight."""
-    from tutorial.methods import itaml  # noqa: F401  (makes its networks known to timm)
-    from tutorial.methods.itaml_inference import answer
+    from tutorial.methods.itaml import ITAML  # makes its networks known to timm, too
+    from tutorial.methods.itaml_inference import RATE, answer
     args, results, model, (train, test) = load_run(mine)
-    tasks, exemplars = range(len(model.fc.heads)), []
-    m = args.memory_size // sum(results["increments"][:len(tasks)])
-    for images in map(train.images, tasks):
-        exemplars += [images.select(images.y == c).select(slice(m)) for c in np.unique(images.y)]
-    trainer = SimpleNamespace(
-        args=args, model=model.requires_grad_(True), task=tasks[-1], exemplars=exemplars,
-        run=SimpleNamespace(increments=results["increments"], test_scenario=test))
-    write(f"adaptation_{mine.run.name}", {"data_set": args.data_set, "rows": [
-        {"rate": rate, "oracle": 100 * np.mean(np.concatenate([
-            answer(trainer, task, rate)[2] for task in tasks]))} for rate in (1e-3, 3e-4, 1e-4, 0)]})
+    trainer, tasks = ITAML(args), range(len(model.fc.heads))
+    trainer.model = model.requires_grad_(True)
+    trainer.run = SimpleNamespace(increments=results["increments"], test_scenario=test)
+    for task in tasks:
+        trainer.task, trainer.nb_new = task, results["increments"][task]
+        trainer.update_memory(train.images(task))
+        trainer.known_classes += trainer.nb_new
+    rows = []
+    for rate in (RATE, 3e-4, 1e-4, 0):
+        told = np.concatenate([answer(trainer, task, rate)[2] for task in tasks])
+        rows.append({"rate": rate, "oracle": 100 * told.mean()})
+    write(f"adaptation_{mine.run.name}", {"data_set": args.data_set, "rows": rows})
 
 
 def alta(mine, rounds=3):
@@ -325,7 +327,7 @@ def main():
     parser.add_argument("run", nargs="?", type=Path, help="output directory of a finished run")
     parser.add_argument("--data_path", help="where the data of that run lie now")
     mine = parser.parse_args()
-    if mine.what in ("norms", "border", "exemplars", "ranks", "adaptation") and mine.run is None:
+    if mine.what not in ("speed", "alta") and mine.run is None:
         parser.error(f"{mine.what} needs the output directory of a finished run")
     measures[mine.what](mine)
 
