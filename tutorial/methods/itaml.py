@@ -18,7 +18,7 @@ from tutorial.methods.itaml_inference import report, task_losses, tasks_of
 
 
 def outer_rate(task, nb_tasks, beta):
-    """eta = exp(-beta s / T), with s from 0 to T - 1: the later the task, the shorter the step."""
+    """eta = exp(-beta s / M), with s from 0 to M - 1: the later the task, the shorter the step."""
     return math.exp(-beta * task / nb_tasks)
 
 
@@ -43,7 +43,7 @@ def inner_step(trainer, images, targets, count, parameters, optimizer):
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     # SyncBatchNorm (on several GPUs) waits for every rank, also for one without images.
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    model.train((count if synced else len(images)) > 1)  # one image has no statistics
+    model.train((count if synced else len(images)) > 1)  # by its own statistics one image is no batch
     if len(images) or synced:
         with utils.autocast(args) if len(images) else contextlib.nullcontext():
             losses, logits = task_losses(model, images, targets, task_of)

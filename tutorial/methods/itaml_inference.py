@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import utils
 
-# Of the continua that are reported; and of the adaptation, as in the released code.
+# Of the continua that are reported, p; learning rate of the adaptation, as in the released code.
 SIZES, RATE = (1, 5, 20), 1e-3
 
 
@@ -32,7 +32,7 @@ def task_losses(model, images, targets, task_of):
 
 def adapt(trainer, task, rate=RATE):
     """A copy of the model after one epoch of Adam on the exemplars of this task. Every rank does
-    the same work and gets the same copy. With one task, or no exemplars, nothing is to be done."""
+    the same work for the same copy (on GPUs up to rounding). With one task, or no exemplars, nothing is to be done."""
     model, args = copy.deepcopy(trainer.model), trainer.args
     if trainer.task == 0 or not trainer.exemplars:
         return model
@@ -45,7 +45,7 @@ def adapt(trainer, task, rate=RATE):
     sampler.seed = utils.set_seed(args, trainer.task, task)
     optimizer = torch.optim.Adam(model.train().parameters(), rate)
     for x, y in utils.to_device(utils.make_batches(images, sampler, 64, alone), args):
-        if len(x) > 1:  # one image has no statistics for BatchNorm
+        if len(x) > 1:  # BatchNorm needs more than one
             optimizer.zero_grad()
             task_losses(model, x, y, task_of)[0].mean().backward()
             optimizer.step()

@@ -578,7 +578,7 @@ def draw_itaml():
     arrow(axes, start, new, RED)
     axes.text(new[0] + 0.1, new[1] - 0.13, "outer step: $\\eta$ of the way", color=RED, **look)
     axes.plot(*start, "ko")
-    axes.text(start[0] - 0.1, start[1] - 0.3, "$\\theta_0$: where the batch begins", **look)
+    axes.text(start[0] - 0.1, start[1] - 0.3, "$\\theta$: where the batch begins", **look)
     return figure
 
 

@@ -5,10 +5,10 @@
     python -m tutorial.tools.measure exemplars RUN   # chapter 6: choices of exemplars in feature space
     python -m tutorial.tools.measure ranks RUN       # chapter 11: what each rank would choose alone
     python -m tutorial.tools.measure speed           # chapter 12: where the time goes (CPU, minutes)
-    python -m tutorial.tools.measure adaptation RUN  # chapter 20: of iTAML, at other rates
+    python -m tutorial.tools.measure adaptation RUN  # chapter 20: iTAML's, at other rates
     python -m tutorial.tools.measure alta            # chapter 21: tiny CLIP, speed of prompts, minutes
 
-RUN is the output directory of a finished run of template.py (or itaml); if its data lie elsewhere
+RUN is the output directory of a run of template.py (or itaml) after some task; if its data lie elsewhere
 now, say so with --data_path. With --data_path a run that was recorded on another machine can be measured.
 """
 import argparse

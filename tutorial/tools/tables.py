@@ -701,9 +701,9 @@ def itaml_cifar100():
 
 
 def itaml_adaptation():
-    """The oracle on CIFAR-100 after two tasks with other rates of the adaptation."""
+    """The oracle on CIFAR-100 after two tasks with other learning rates of the adaptation."""
     rows = [measured(f"adaptation_cifar100_itaml_{meta}_seed0")["rows"] for meta in ("paper", "released")]
-    return table(["rate of the adaptation", "`--meta paper`", "`--meta released`"], [
+    return table(["learning rate of the adaptation", "`--meta paper`", "`--meta released`"], [
         [f"{paper['rate']:g}", f"{paper['oracle']:.1f}", f"{released['oracle']:.1f}"] for paper, released in zip(*rows)])
 
 
