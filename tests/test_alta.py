@@ -181,6 +181,8 @@ def test_one_step_encodes_the_prompts_of_its_task_once(weights, monkeypatch):
 def test_names_become_words():
     assert clip_towers.readable([str(i) for i in (3, 0, 1, 2, 4, 5, 6, 7, 8, 9)])[:2] == ["three", "zero"]
     assert clip_towers.readable(["lawn_mower", "red"]) == ["lawn mower", "red"]
+    assert clip_towers.readable(["0 - zero", "1 - one"]) == ["zero", "one"]  # MNIST's
+    assert clip_towers.readable(["001.Black_footed_Albatross"]) == ["Black footed Albatross"]
     assert clip_towers.readable(["n01443537", "n02123045"]) == ["goldfish", "tabby cat"]
     assert clip_towers.readable(["n04371430"]) == ["swim trunks"]  # "swim trunks / shorts" there
 

@@ -991,7 +991,7 @@ def test_der_grows_by_one_backbone_and_keeps_the_old_weights_of_the_classifier()
         counts.append(parameters(trainer.model))
     new_heads = [(known + 2) * (d * (task + 1) + 1) + 3 * (d + 1) for task, known in ((1, 4), (2, 6), (3, 8))]
     assert counts == [(t + 1) * backbone + heads for t, heads in zip((1, 2, 3), new_heads)]
-    assert counts[-1] == 1_090_061 and backbone == 271_824  # as chapter 22 says
+    assert counts[-1] == 1_090_061 and backbone == 271_824
     model = der.DERModel(timm.create_model("resnet32", num_classes=0))
     for size in [50] + 5 * [10]:
         if len(model.fc.heads):
@@ -1421,7 +1421,9 @@ def test_frozen_modules_rest_and_learn_again():
 @pytest.mark.parametrize("name, flags, message", [
     ("icarl", ["--icarl_loss=hinge"], "--icarl_loss"),
     ("lucir", ["--backbone=mixer_s32_224", "--input_size=224"], "needs a ResNet"),
+    ("lucir", ["--backbone=hrnet_w18_small", "--input_size=64"], "needs a ResNet"),
     ("aanets", ["--baseline=icarl", "--backbone=ghostnet_050", "--input_size=32"], "needs a ResNet"),
+    ("aanets", ["--baseline=icarl", "--backbone=hrnet_w18_small", "--input_size=64"], "needs a ResNet"),
     ("lucir", ["--margin_k=0"], "--margin_k"),
     ("podnet", ["--lambda_flat=-1"], "--lambda_flat"),
     ("aanets", ["--baseline=wa"], "--baseline"),

@@ -14,8 +14,9 @@ from tutorial.methods import clip_towers
 
 # The nine methods. A logit is s times a sum of cosines of (image side, text side):
 #   x: the image as CLIP sees it; A: the adapter's version of it; x + A: both added
-#   w: the prompt "a photo of a NAME"; u: with four learnt vectors, the context v, in place of "a
-#   photo of a"; u_t: likewise, but a class keeps the context of the end of its own task
+#   w: the prompt "a photo of a NAME"; u: "a photo of a NAME." with four learnt vectors, the context
+#   v, in place of the first four words; u_t: likewise, but a class keeps the context of the end of
+#   its own task
 METHODS = {"mlp": [("A", "w")], "resmlp": [("x + A", "w")],
            "sprompt": [("x", "u")], "cprompt": [("x", "u_t")],
            "cprompt_oriprompt": [("x", "u_t"), ("x", "w")],
@@ -219,16 +220,18 @@ def get_parser():
     parser = utils.get_parser()
     add = parser.add_argument_group("ALTA").add_argument
     add("--clip_method", default="oritext_mlp2cprompt_oriimg", choices=METHODS, help="(ALTA)")
-    add("--visual", choices=clip_towers.VISUALS, help="image tower (tiny for digits, else RN50)")
+    add("--visual", choices=clip_towers.VISUALS, help="image tower, which decides the "
+        "input size (tiny for digits, else RN50)")
     add("--clip_weights", default="openai", help="a file, or openai; tiny: a file, or it is "
         "trained now (openai)")
     add("--alpha", type=utils.number(0), default=0.4, help="weight of the memory's labels (0.4)")
     add("--beta", type=utils.number(0), default=0.4, help="weight of the memory's logits (0.4)")
     add("--columns", default="seen", choices=["seen", "all"], help="classes that compete, in "
         "training and test: those so far, or those to come as well (seen)")
-    add("--schedule", default="cosine", choices=["cosine", "constant"], help="(cosine)")
-    paper = dict(num_bases=0, aa="none", num_epochs=30, batch_size=32, weight_decay=5e-4,
-                 memory_size=200)
+    add("--schedule", default="cosine", choices=["cosine", "constant"], help="of the learning "
+        "rate; constant: at 1e-5, as released (cosine)")
+    paper = dict(num_bases=0, aa="none", num_epochs=30, batch_size=32, lr=0.002,
+                 weight_decay=5e-4, memory_size=200)
     parser.set_defaults(class_order="natural", crop_pct=1.0, no_align=True,
                         presets={"all": paper, "imagenet1000": dict(memory_size=1000)})
     return parser
@@ -243,5 +246,6 @@ if __name__ == "__main__":
     if args.compile:
         utils.fail("--compile: this method's prompts change from task to task, so leave it out")
     args.input_size = side
-    args.lr = args.lr or (0.002 if args.schedule == "cosine" else 1e-5)
+    if args.schedule == "constant":
+        args.lr = args.lr or 1e-5
     main(args, ALTA)

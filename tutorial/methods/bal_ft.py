@@ -30,7 +30,7 @@ class BalFT(Patience):
         logits, _ = self.parallel_model(images)  # (batch, known + new)
         scores = logits
         if self.args.loss == "own" and self.stage == 0:
-            # No term compares classes of two tasks, so no feature is learned to tell them apart.
+            # No term compares classes of two tasks, so no feature is asked to tell them apart.
             others = self.task_of[targets][:, None] != self.task_of  # (batch, known + new)
             scores = logits.masked_fill(others, -math.inf)
         return F.cross_entropy(scores, targets), logits

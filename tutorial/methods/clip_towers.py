@@ -22,13 +22,14 @@ VISUALS = {"tiny": 8, "RN50": 224, "RN101": 224, "RN50x4": 288, "RN50x16": 384, 
 
 def readable(names):
     """The class names as words: digits as "zero" to "nine", numbers of WordNet as ImageNet's names,
-    underscores as spaces."""
+    without the numbers of MNIST ("0 - zero") and CUB-200 ("001.Crow"), underscores as spaces."""
     if sorted(names) == [str(i) for i in range(10)]:
         names = [DIGITS[int(name)] for name in names]
     if all(re.fullmatch(r"n\d{8}", name) for name in names):
         rows = timm.data.ImageNetInfo("imagenet-1k").label_names()
         known = import_open_clip().IMAGENET_CLASSNAMES
         names = [known[rows.index(name)] if name in rows else name for name in names]
+    names = [re.sub(r"^(\d - |\d{3}\.)", "", name) for name in names]
     return [name.split(" / ")[0].replace("_", " ") for name in names]
 
 

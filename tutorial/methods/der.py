@@ -77,7 +77,7 @@ class DER(CilTrainer):
 
     def expand_model(self, nb_new, new_data):
         """From the second task on, one more branch first."""
-        self.teacher = None  # nothing is distilled: no copy takes memory, or goes to checkpoints
+        self.teacher = None  # nothing is distilled: no copy in training, or in checkpoints
         if self.known_classes:
             self.model.widen(nb_new)
         super().expand_model(nb_new, new_data)

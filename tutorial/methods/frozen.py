@@ -56,7 +56,7 @@ def solve(sums, ridge):
 def choose_ridge(fit, held_out):
     """The power of ten whose solution from some images has the smallest squared error on others."""
     def error(ridge):
-        # |H W - Y|^2 = <W, G W> - 2 <W, C> + |Y|^2: the sums are enough, no image is needed.
+        # |X V - Y|^2 = <V, G V> - 2 <V, C> + |Y|^2: the sums are enough, no image is needed.
         weights, width = solve(fit, ridge), len(fit)
         return (weights * (held_out[:, :width] @ weights - 2 * held_out[:, width:])).sum().item()
     return min((10.0 ** power for power in range(-8, 3)), key=error)
@@ -85,10 +85,10 @@ class Frozen(CilTrainer):
 
     def update_memory(self, new_data):
         """Add the new images to the sums; no image is kept. sums[0], of most images, is [G, C] =
-        [H^T H, H^T Y]: the rows of H are their h(x), those of Y one-hot. sums[1] is the same of
+        [X^T X, X^T Y]: the rows of X are their h(x), those of Y one-hot. sums[1] is the same of
         every fifth image, which choose_ridge needs."""
         self.sums = F.pad(self.sums, (0, self.nb_new))  # (2, width, width + known + new)
-        # (n, embed_dim): each rank computes a share, then all have all of them, the same bits.
+        # (n, phi's width): each rank computes a share, then all have all of them, the same bits.
         features = utils.for_all_images(self.model.eval().backbone, new_data, self.args)
         goals = F.one_hot(torch.from_numpy(new_data.y), self.known_classes + self.nb_new)
         fifth = torch.from_numpy(new_data.rows % 5 == 0)  # by a number that knows of no task

@@ -50,7 +50,7 @@ class ICaRL(CilTrainer):
     def predict(self, images):
         """Cosine of the features and each class mean: the largest is the nearest mean."""
         logits, features = self.model(images)
-        if len(self.means) < logits.shape[1]:  # in the middle of a task
+        if len(self.means) < logits.shape[1]:  # in the middle of a task, or without a memory
             return logits
         with torch.autocast(features.device.type, enabled=False):  # 16 bits are too few here
             return F.normalize(features.float(), dim=1) @ self.means.T  # (batch, known + new)

@@ -43,7 +43,7 @@ def inner_step(trainer, images, targets, count, parameters, optimizer):
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     # SyncBatchNorm (on several GPUs) waits for every rank, also for one without images.
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    model.train((count if synced else len(images)) > 1)  # by its own statistics one image is no batch
+    model.train((count if synced else len(images)) > 1)  # one image is no batch
     if len(images) or synced:
         with utils.autocast(args) if len(images) else contextlib.nullcontext():
             losses, logits = task_losses(model, images, targets, task_of)

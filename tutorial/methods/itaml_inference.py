@@ -32,7 +32,8 @@ def task_losses(model, images, targets, task_of):
 
 def adapt(trainer, task, rate=RATE):
     """A copy of the model after one epoch of Adam on the exemplars of this task. Every rank does
-    the same work for the same copy (on GPUs up to rounding). With one task, or no exemplars, nothing is to be done."""
+    the same work for the same copy (on GPUs up to rounding). With one task, or no exemplars,
+    nothing is to be done."""
     model, args = copy.deepcopy(trainer.model), trainer.args
     if trainer.task == 0 or not trainer.exemplars:
         return model

@@ -38,7 +38,7 @@ class LUCIRModel(CilModel):
         self.fc = CosineClassifier(self.backbone.num_features)
         stages = [stage for name, stage in self.backbone.named_children() if name[:5] == "layer"]
         relus = [name for name in ("last_relu", "act3", "act2")  # of our blocks, of timm's
-                 if stages and hasattr(stages[-1][-1], name)]
+                 if len(stages) > 2 and hasattr(stages[-1][-1], name)]
         if not relus:
             utils.fail("this method needs a ResNet as --backbone, such as resnet32 or resnet18")
         setattr(stages[-1][-1], relus[0], nn.Identity())
@@ -87,7 +87,7 @@ class LUCIR(CilTrainer):
         balanced_finetune(self, train_set)
 
     def compute_loss(self, images, targets):
-        """CE + lambda L_dis + L_mr. Returns the loss and the logits."""
+        """CE, from the second task on + less-forget + margin ranking. Returns loss and logits."""
         logits, features = self.parallel_model(images)  # (batch, known + new), (batch, embed_dim)
         loss = F.cross_entropy(logits, targets)
         if self.teacher is None:

@@ -118,7 +118,8 @@ def get_parser():
     add = parser.add_argument_group("PODNet").add_argument
     add("--lambda_spatial", type=utils.number(0), help="weight of POD-spatial")
     add("--lambda_flat", type=utils.number(0), help="weight of POD-flat")
-    add("--nca", default="released", choices=["paper", "released"], help="(released)")
+    add("--nca", default="released", choices=["paper", "released"],
+        help="form of the loss (released)")
     add("--num_epochs_ft", type=utils.number(0, kind=int), help="epochs of the second stage")
     add("--lr_ft", type=utils.number(1e-12), help="its learning rate")
     paper = dict(aa="none", fixed_memory=True)
