@@ -35,8 +35,7 @@ class CilClassifier(nn.Module):
     def expand(self, nb_classes):
         """Add a head for nb_classes new classes; the old logits stay as they are."""
         self.heads.append(nn.Linear(self.embed_dim, nb_classes))
-        # Prototypes of length about 1, no bias. With torch's default, length 0.58, new rows are
-        # often still the shorter ones after training, and alignment makes them longer (chapter 8).
+        # Prototypes of length about 1, no bias (torch's default: length 0.58, random biases).
         # On every rank the same numbers are drawn here.
         nn.init.kaiming_uniform_(self.heads[-1].weight, nonlinearity="linear")
         nn.init.zeros_(self.heads[-1].bias)
@@ -59,8 +58,8 @@ class CilModel(nn.Module):
 
     def align_weights(self, nb_new):
         """Scale the newest prototypes by gamma = mean |w_old| / mean |w_new|, and return gamma."""
-        # New classes had many more images, so their prototypes grew longer, and with them their
-        # logits: old images are taken for new classes. One common factor takes that advantage
+        # New classes had many more images. So their prototypes tend to be longer, and with them
+        # their logits: old images are taken for new classes. One common factor takes that advantage
         # away and leaves the new classes as they are among themselves.
         norms = torch.cat([head.weight.data for head in self.fc.heads]).norm(dim=1)  # (classes,)
         gamma = float(norms[:-nb_new].mean() / norms[-nb_new:].mean())

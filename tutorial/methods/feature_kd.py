@@ -17,7 +17,7 @@ class FeatureKD(CilTrainer):
         loss = F.cross_entropy(logits, targets, label_smoothing=self.args.smooth)
         if self.teacher is not None:
             _, old_features = self.teacher(images)  # (batch, embed_dim)
-            cosine = F.cosine_similarity(features, old_features)  # (batch,)
+            cosine = F.cosine_similarity(features.float(), old_features.float())  # (batch,)
             loss = loss + self.args.feature_weight * (1 - cosine).mean()
         return loss, logits
 

@@ -75,6 +75,8 @@ def get_parser():
 
 if __name__ == "__main__":
     args = get_parser().parse_args()
+    if args.variant == "survey" and args.lambda_kd is not None:
+        utils.fail(f"--lambda_kd {args.lambda_kd}: the loss of --variant survey is CE + 2 KD")
     if args.variant == "unscaled" and args.lambda_kd == 1:
         utils.fail("--lambda_kd 1 leaves nothing to the labels: below 1, or another --variant")
     main(args, VARIANTS[args.variant])

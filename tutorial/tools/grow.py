@@ -15,7 +15,8 @@ Another method grows, too, with `GrownWA` before it. In a file of your own:
     class GrownLUCIR(GrownWA, lucir.LUCIR):
         pass
 
-    grow(get_parser(lucir.get_parser()).parse_args(), GrownLUCIR)
+    if __name__ == "__main__":
+        grow(get_parser(lucir.get_parser()).parse_args(), GrownLUCIR)
 """
 import re
 from pathlib import Path
