@@ -8,8 +8,8 @@
     python -m tutorial.tools.measure adaptation RUN  # chapter 20: iTAML's, at other rates
     python -m tutorial.tools.measure alta            # chapter 21: tiny CLIP, speed of prompts, minutes
 
-RUN is the output directory of a run of template.py (or itaml) after some task; if its data lie elsewhere
-now, say so with --data_path. With --data_path a run that was recorded on another machine can be measured.
+RUN is the output directory of a run of template.py (or itaml) with at least one task done. If its
+data lie elsewhere now, say so with --data_path. With --data_path a run that was recorded on another machine can be measured.
 """
 import argparse
 import itertools
