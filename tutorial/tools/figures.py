@@ -89,7 +89,7 @@ def draw_cifar100_60():
     rows = [row for row in rows if row[1]]  # not all of them have been made
     figure, axes = draw_curves(rows, "CIFAR-100, 50 + 5 x 10 classes,\n60 epochs a task, one seed")
     figure.set_figheight(5)
-    axes.set_ylim(38, 80)
+    axes.set_ylim(37, 80)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 

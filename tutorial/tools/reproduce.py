@@ -73,6 +73,7 @@ GROUPS = {
     "cifar100_replay_60": ("template.py", f"{SIXTY} --lambda_kd 0 --no_align", ONE),
     "cifar100_replay_align_60": ("template.py", f"{SIXTY} --lambda_kd 0", ONE),
     "cifar100_replay_kd": ("template.py", f"{TWENTY} --no_align", ONE),
+    "cifar100_replay_kd_60": ("template.py", f"{SIXTY} --no_align", ONE),
     "cifar100_unscaled_60": (
         "wa_variants", f"{SIXTY} --variant unscaled --stop_after_task 2", ONE),
     "cifar100_wa": ("template.py", TWENTY, ONE),
