@@ -29,8 +29,7 @@ def readable(names):
         rows = timm.data.ImageNetInfo("imagenet-1k").label_names()
         known = import_open_clip().IMAGENET_CLASSNAMES
         names = [known[rows.index(name)] if name in rows else name for name in names]
-    names = [re.sub(r"^(\d - |\d{3}\.)", "", name) for name in names]
-    return [name.split(" / ")[0].replace("_", " ") for name in names]
+    return [re.sub(r"^(\d - |\d{3}\.)| / .*", "", name).replace("_", " ") for name in names]
 
 
 class ClipTowers:
