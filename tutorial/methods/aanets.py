@@ -86,6 +86,7 @@ class AANets(CilTrainer):
     def expand_model(self, nb_new, new_data):
         """In the second task the network becomes two copies of itself."""
         single = self.args.branch_mode == "single"
+        # (An HRNet has one level by its names, and the rest of it would be left out.)
         if len(levels(self.model.backbone)) < 3 and self.task == 0:
             utils.fail(f"--backbone {self.args.backbone}: aanets needs a ResNet, such as resnet32")
         if self.args.memory_size == 0 and self.args.fusion_lr and not single:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import utils
 
-# Of the continua that are reported, p; learning rate of the adaptation, as in the released code.
+# The p of the continua that are reported; the adaptation's learning rate, as released.
 SIZES, RATE = (1, 5, 20), 1e-3
 
 

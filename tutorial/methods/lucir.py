@@ -37,6 +37,7 @@ class LUCIRModel(CilModel):
         super().__init__(backbone)
         self.fc = CosineClassifier(self.backbone.num_features)
         stages = [stage for name, stage in self.backbone.named_children() if name[:5] == "layer"]
+        # (Of an HRNet only the first stage has such a name, and its last ReLU is elsewhere.)
         relus = [name for name in ("last_relu", "act3", "act2")  # of our blocks, of timm's
                  if len(stages) > 2 and hasattr(stages[-1][-1], name)]
         if not relus:

@@ -9,7 +9,7 @@
     python -m tutorial.tools.measure alta            # chapter 21: tiny CLIP, speed of prompts, minutes
 
 RUN is the output directory of a run of template.py (or itaml) with at least one task done. If its
-data lie elsewhere now, say so with --data_path. With --data_path a run that was recorded on another machine can be measured.
+data lie elsewhere now, as those of a run from another machine, say so with --data_path.
 """
 import argparse
 import itertools
